@@ -1,0 +1,32 @@
+# The verbs of podwire. Each does its own set-up; none needs another first.
+PY := .venv/bin/python
+export PYTHONDONTWRITEBYTECODE ?=
+
+.PHONY: setup demo test check bench lab proto lock clean
+
+setup:            ## Debian packages, virtual environment, pinned dependencies
+	@scripts/setup
+
+demo: setup       ## three nodes, the sample application, scenarios A-D and F on real traffic
+	@.venv/bin/podwire lab demo $(if $(KEEP),--keep) $(DEMO_ARGS)
+
+test: setup       ## every test (needs root: network namespaces)
+	@$(PY) -m pytest $(ARGS)
+
+check: setup      ## ruff, mypy --strict, layering, size budgets, generated code is current
+	@scripts/check
+
+bench: setup      ## figures side by side: service programming, pod attachment
+	@$(PY) -m bench $(ARGS)
+
+lab: setup        ## a lab of three nodes that stays up
+	@.venv/bin/podwire lab up
+
+proto: setup      ## regenerate api/ from podwire.proto
+	@scripts/proto api
+
+lock: setup       ## pin the whole dependency closure with hashes
+	@scripts/lock
+
+clean:            ## what make itself made
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,1 @@
+"""The `podwire` command: `daemon`, `status`, `install` and `lab`."""

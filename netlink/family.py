@@ -1,0 +1,56 @@
+"""IP families as values: what differs between IPv4 and IPv6 is data, so code is written once."""
+
+from __future__ import annotations
+
+import socket
+from enum import Enum
+
+
+class Family(Enum):
+    """An IP family with its kernel numbers, sizes and nftables words.
+
+    Source: linux/socket.h (AF_*), linux/netfilter.h (NFPROTO_*), RFC 791 and RFC 8200 (header offsets).
+    """
+
+    V4 = 4
+    V6 = 6
+
+    @property
+    def af(self) -> int:
+        """AF_INET or AF_INET6; NFPROTO_IPV4 and NFPROTO_IPV6 have the same numbers (2 and 10)."""
+        return socket.AF_INET if self is Family.V4 else socket.AF_INET6
+
+    @property
+    def size(self) -> int:
+        """Bytes in an address."""
+        return 4 if self is Family.V4 else 16
+
+    @property
+    def bits(self) -> int:
+        """Bits in an address: the prefix length of a single host."""
+        return self.size * 8
+
+    @property
+    def keyword(self) -> str:
+        """The nftables table family and protocol word: `ip` or `ip6`."""
+        return "ip" if self is Family.V4 else "ip6"
+
+    @property
+    def source_offset(self) -> int:
+        """Offset of the source address in the network header, in bytes."""
+        return 12 if self is Family.V4 else 8
+
+    @property
+    def destination_offset(self) -> int:
+        """Offset of the destination address in the network header, in bytes."""
+        return self.source_offset + self.size
+
+    @property
+    def loopback(self) -> str:
+        """The loopback range, as a CIDR."""
+        return "127.0.0.0/8" if self is Family.V4 else "::1/128"
+
+    @property
+    def gateway(self) -> str:
+        """The address every routed pod sees as its gateway; no interface carries it."""
+        return "169.254.1.1" if self is Family.V4 else "fe80::1"
