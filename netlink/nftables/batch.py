@@ -1,0 +1,363 @@
+"""Operations, and the socket that commits them: all or none, in one atomic batch.
+
+The elements of a map go out as up to 60 kB of bytes a message; nothing is listed first, which is what
+makes the `nft` program slow on a large ruleset. Source: linux/netfilter/nfnetlink.h, nf_tables.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from netlink.errors import NetlinkError
+from netlink.family import Family
+from netlink.nftables import dump
+from netlink.nftables.attributes import NLA_F_NESTED, attribute, parsed, text
+from netlink.nftables.objects import Chain, Data, Elements, Map, Rule, encode_element, tlv
+
+NFNL_SUBSYS_NFTABLES = 10
+BATCH_BEGIN, BATCH_END = 0x10, 0x11
+NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, NEWSET = 0, 2, 3, 5, 6, 9
+NEWSETELEM, DELSETELEM = 12, 14
+
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x1, 0x4, 0x200, 0x400, 0x800
+NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x100, 0x200
+NLMSG_ERROR = 2
+NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS = 1, 2
+SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
+
+HEADER = struct.Struct("=IHHII")
+ELEMENT_BYTES = 60_000  # a nested attribute's length has 16 bits
+RECEIVE_BYTES = 1 << 20
+
+
+class BatchError(NetlinkError):
+    """The kernel refused a batch and changed nothing; names the operation, and the element if it is one."""
+
+    def __init__(self, code: int, operation: Operation | None, element: bytes | None, detail: str) -> None:
+        what = "commit the nftables batch" if operation is None else str(operation)
+        if element is not None:
+            what += f", element {element.hex()}"
+        super().__init__(code, f"cannot {what}", detail)
+        self.operation = operation
+        self.element = element
+
+
+@dataclass(frozen=True, slots=True)
+class AddTable:
+    """Make the table; the comment is kept with it and read back by `Nft.table_comment`."""
+
+    comment: str
+
+    def __str__(self) -> str:
+        return "add the table"
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteTable:
+    """Remove the table and all in it."""
+
+    def __str__(self) -> str:
+        return "delete the table"
+
+
+@dataclass(frozen=True, slots=True)
+class AddChain:
+    """Make a chain."""
+
+    chain: Chain
+
+    def __str__(self) -> str:
+        return f"add chain {self.chain.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteChain:
+    """Remove a chain and its rules; nothing may go to it any more."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"delete chain {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddRule:
+    """Append a rule to its chain."""
+
+    rule: Rule
+
+    def __str__(self) -> str:
+        return f"add a rule to chain {self.rule.chain} ({self.rule.comment})"
+
+
+@dataclass(frozen=True, slots=True)
+class AddMap:
+    """Make an empty set or map."""
+
+    map: Map
+
+    def __str__(self) -> str:
+        return f"add map {self.map.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class AddElements:
+    """Put elements into a map; a key that is there with other data is an error."""
+
+    map: Map
+    elements: Sequence[tuple[bytes, Data]]
+
+    def __str__(self) -> str:
+        return f"add elements to map {self.map.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteElements:
+    """Take elements out of a map; a key that is not there is an error."""
+
+    map: Map
+    elements: Sequence[tuple[bytes, Data]]
+
+    def __str__(self) -> str:
+        return f"delete elements from map {self.map.name}"
+
+
+Operation = AddTable | DeleteTable | AddChain | DeleteChain | AddRule | AddMap | AddElements | DeleteElements
+
+
+class Nftables(Protocol):
+    """One table of nftables: what the kernel and the fake both do."""
+
+    family: Family
+
+    def commit(self, operations: Sequence[Operation]) -> None:
+        """Apply all operations or, with BatchError, none."""
+        ...
+
+    def table_comment(self) -> str | None:
+        """Return the comment of our table, or None when there is no table."""
+        ...
+
+    def chains(self) -> frozenset[str]:
+        """Return the names of the table's chains."""
+        ...
+
+    def elements(self, which: Map) -> Elements:
+        """Return what is in a map."""
+        ...
+
+
+class Nft:
+    """The kernel's nftables, seen through one table, in the network namespace of the thread that opens it."""
+
+    def __init__(self, family: Family, table: str) -> None:
+        self.family = family
+        self.table = table
+        self._socket: socket.socket | None = None
+        self._sequence = 0
+
+    def __enter__(self) -> Self:
+        flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, flags, 12)  # NETLINK_NETFILTER
+        self._socket.bind((0, 0))
+        for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
+            self._socket.setsockopt(SOL_NETLINK, option, 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def commit(self, operations: Sequence[Operation]) -> None:
+        """Apply all operations or, with BatchError, none."""
+        if not operations:
+            return
+        first = self._sequence + 1
+        sent: list[tuple[Operation, Sequence[tuple[bytes, Data]]]] = []
+        messages: list[bytes] = [self._frame(BATCH_BEGIN, 0, b"", subsystem=0, resource=NFNL_SUBSYS_NFTABLES)]
+        for number, operation in enumerate(operations):
+            last = number == len(operations) - 1
+            for kind, flags, body, elements in self._encode(operation, number):
+                messages.append(self._frame(kind, flags | (NLM_F_ACK if last else 0), body))
+                sent.append((operation, elements))
+        messages.append(self._frame(BATCH_END, 0, b"", subsystem=0, resource=NFNL_SUBSYS_NFTABLES))
+        data = b"".join(messages)
+        self._open.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, len(data) + (1 << 20))
+        self._open.send(data)
+        self._collect(sent, messages, first + 1)
+
+    def table_comment(self) -> str | None:
+        """Return the comment of our table, or None when there is no table."""
+        return dump.table_comment(self._ask, self.family, self.table)
+
+    def chains(self) -> frozenset[str]:
+        """Return the names of the table's chains."""
+        return dump.chains(self._ask, self.family, self.table)
+
+    def elements(self, which: Map) -> Elements:
+        """Return what is in a map."""
+        return dump.elements(self._ask, self.family, self.table, which)
+
+    @property
+    def _open(self) -> socket.socket:
+        if self._socket is None:
+            raise RuntimeError("the nftables socket is not open")
+        return self._socket
+
+    def _encode(
+        self, operation: Operation, number: int
+    ) -> Iterator[tuple[int, int, bytes, Sequence[tuple[bytes, Data]]]]:
+        """Yield (message type, flags, body, the elements in it) for an operation."""
+        create = NLM_F_CREATE | NLM_F_EXCL
+        match operation:
+            case AddTable(comment):
+                userdata = attribute(6, tlv(0, comment.encode() + b"\0"))
+                yield NEWTABLE, create, text(1, self.table) + userdata, ()
+            case DeleteTable():
+                yield DELTABLE, 0, text(1, self.table), ()
+            case AddChain(chain):
+                yield NEWCHAIN, create, chain.attributes(self.table), ()
+            case DeleteChain(name):
+                yield DELCHAIN, 0, text(1, self.table) + text(3, name), ()
+            case AddRule(rule):
+                yield NEWRULE, NLM_F_CREATE | NLM_F_APPEND, rule.attributes(self.table), ()
+            case AddMap(which):
+                yield NEWSET, create, which.attributes(self.table, self.family, number + 1), ()
+            case AddElements(which, elements):
+                yield from self._encode_elements(NEWSETELEM, create, which, elements)
+            case DeleteElements(which, elements):
+                yield from self._encode_elements(DELSETELEM, 0, which, elements)
+
+    def _encode_elements(
+        self, kind: int, flags: int, which: Map, elements: Sequence[tuple[bytes, Data]]
+    ) -> Iterator[tuple[int, int, bytes, Sequence[tuple[bytes, Data]]]]:
+        head = text(1, self.table) + text(2, which.name)
+        for start, encoded in chunks(elements, which.interval):
+            body = head + struct.pack("=HH", sum(map(len, encoded)) + 4, 3 | NLA_F_NESTED) + b"".join(encoded)
+            yield kind, flags, body, elements[start : start + len(encoded)]
+
+    def _frame(self, kind: int, flags: int, body: bytes, *, subsystem: int = 10, resource: int = 0) -> bytes:
+        self._sequence += 1
+        family = self.family.af if subsystem else 0
+        header = HEADER.pack(len(body) + 20, subsystem << 8 | kind, NLM_F_REQUEST | flags, self._sequence, 0)
+        return header + struct.pack(">BBH", family, 0, resource) + body
+
+    def _collect(
+        self,
+        sent: Sequence[tuple[Operation, Sequence[tuple[bytes, Data]]]],
+        messages: Sequence[bytes],
+        first: int,
+    ) -> None:
+        """Read the answers to a batch: the last operation's acknowledgement, or errors.
+
+        The kernel works during `send`, so the answers are there.
+        """
+        wanted = first + len(sent) - 1
+        while True:
+            for kind, flags, sequence, body in self._receive():
+                if kind != NLMSG_ERROR or sequence < first - 1:
+                    continue
+                code = -struct.unpack_from("=i", body, 16)[0]
+                if code:
+                    self._drain()
+                    position = sequence - first
+                    inside = 0 <= position < len(sent)
+                    operation, elements = sent[position] if inside else (None, ())
+                    detail, offset = _extended(body, flags)
+                    element = _element_at(messages[position + 1], offset, elements) if inside else None
+                    raise BatchError(code, operation, element, detail)
+                if sequence == wanted:
+                    return
+
+    def _drain(self) -> None:
+        """Drop the other answers to a refused batch."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._open.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+
+    def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """Send one question; yield (message type, flags, whole message) of each answer up to the end."""
+        self._open.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
+        self._open.send(self._frame(kind, flags, body))
+        wanted = self._sequence
+        multi = bool(flags & dump.NLM_F_DUMP)
+        while True:
+            for answer, answer_flags, sequence, message in self._receive():
+                if sequence != wanted:
+                    continue
+                yield answer, answer_flags, message
+                if not multi or answer in (dump.NLMSG_DONE, NLMSG_ERROR):
+                    return
+
+    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
+        data = self._open.recv(RECEIVE_BYTES)
+        offset = 0
+        while offset < len(data):
+            length, kind, flags, sequence, _ = HEADER.unpack_from(data, offset)
+            yield kind, flags, sequence, data[offset : offset + length]
+            offset += (length + 3) & ~3
+
+
+def chunks(elements: Sequence[tuple[bytes, Data]], interval: bool) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield (index of the first, encoded elements) such that each list fits one message.
+
+    The elements of a data map differ in nothing but key and data bytes, so their frame is made once:
+    this is the loop that loads 100,000 elements.
+    """
+    key, data = elements[0] if elements else (b"", b"")
+    if isinstance(data, bytes) and elements:
+        sample = encode_element(key, data)
+        before, between = sample[:12], sample[12 + len(key) : len(sample) - len(data)]
+        fit = ELEMENT_BYTES // len(sample)
+        for start in range(0, len(elements), fit):
+            part = elements[start : start + fit]
+            yield start, [before + k + between + d for k, d in part]  # type: ignore[operator]
+        return
+    encoded: list[bytes] = []
+    size = start = 0
+    for number, (key, data) in enumerate(elements):
+        element = encode_element(key, data, interval=interval)
+        if size + len(element) > ELEMENT_BYTES:
+            yield start, encoded
+            encoded, size, start = [], 0, number
+        encoded.append(element)
+        size += len(element)
+    if encoded:
+        yield start, encoded
+
+
+def _extended(body: bytes, flags: int) -> tuple[str, int]:
+    """Return the kernel's own words and the offset of the offending attribute (0 if unknown)."""
+    if not flags & NLM_F_ACK_TLVS:
+        return "", 0
+    start = 36 if flags & NLM_F_CAPPED else 20 + struct.unpack_from("=I", body, 20)[0]
+    found = parsed(body, start)
+    words = found.get(NLMSGERR_ATTR_MSG, b"").rstrip(b"\0").decode(errors="replace")
+    offset = found.get(NLMSGERR_ATTR_OFFS)
+    return words, struct.unpack("=I", offset)[0] if offset else 0
+
+
+def _element_at(message: bytes, offset: int, elements: Sequence[tuple[bytes, Data]]) -> bytes | None:
+    """Return the key of the element that stands at an offset of a message, if one does."""
+    if not offset or not elements:
+        return None
+    position = 20
+    while position < len(message):
+        length, kind = struct.unpack_from("=HH", message, position)
+        if kind & 0x3FFF == 3:
+            break
+        position += (length + 3) & ~3
+    position += 4
+    for key, _ in elements:
+        length = (struct.unpack_from("=H", message, position)[0] + 3) & ~3
+        if position <= offset < position + length:
+            return key
+        position += length
+    return None

@@ -1,0 +1,93 @@
+"""Reading a table back: its comment, its chains, the elements of its maps."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+
+from netlink.errors import NetlinkError
+from netlink.family import Family
+from netlink.nftables.attributes import parse, parsed, text
+from netlink.nftables.expressions import Verdict
+from netlink.nftables.objects import ELEMENT_INTERVAL_END, Data, Elements, Goto, Map
+
+GETTABLE, GETCHAIN, GETSETELEM = 1, 4, 13
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_DUMP, NLM_F_DUMP_INTR = 0x300, 0x10
+ENOENT = 2
+BODY = 20  # netlink header and nfgenmsg
+
+Ask = Callable[[int, int, bytes], Iterator[tuple[int, int, bytes]]]
+
+
+def table_comment(ask: Ask, family: Family, table: str) -> str | None:
+    """Return the comment of a table ("" if it has none), or None when there is no such table."""
+    for kind, _, message in ask(GETTABLE, 0, text(1, table)):
+        if kind == NLMSG_ERROR:
+            _refuse(message, f"look up table {family.keyword} {table}", missing_is_fine=True)
+            return None
+        userdata = parsed(message, BODY).get(6, b"")
+        if userdata[:1] == b"\0":
+            return userdata[2 : 2 + userdata[1]].rstrip(b"\0").decode(errors="replace")
+        return ""
+    return None
+
+
+def chains(ask: Ask, family: Family, table: str) -> frozenset[str]:
+    """Return the names of the chains of a table."""
+    found = set()
+    for message in _dump(ask, GETCHAIN, text(1, table), f"list the chains of {family.keyword} {table}"):
+        attributes = parsed(message, BODY)
+        if attributes[1].rstrip(b"\0").decode() == table:
+            found.add(attributes[3].rstrip(b"\0").decode())
+    return frozenset(found)
+
+
+def elements(ask: Ask, family: Family, table: str, which: Map) -> Elements:
+    """Return the elements of a map."""
+    found: Elements = {}
+    body = text(1, table) + text(2, which.name)
+    for message in _dump(ask, GETSETELEM, body, f"list map {which.name} of {family.keyword} {table}"):
+        for kind, payload in parse(message, BODY):
+            if kind == 3:
+                for _, element in parse(payload):
+                    key, data = _element(element, which)
+                    found[key] = data
+    return found
+
+
+def _element(element: bytes, which: Map) -> tuple[bytes, Data]:
+    attributes = parsed(element)
+    key = parsed(attributes[1])[1]
+    if which.interval:
+        flags = struct.unpack(">I", attributes[3])[0] if 3 in attributes else 0
+        key += bytes([flags & ELEMENT_INTERVAL_END])
+    if 2 not in attributes:
+        return key, None
+    data = parsed(attributes[2])
+    if 1 in data:
+        return key, data[1]
+    verdict = parsed(data[2])
+    code = struct.unpack(">i", verdict[1])[0]
+    return key, Goto(verdict[2].rstrip(b"\0").decode() if code == Verdict.GOTO else "")
+
+
+def _dump(ask: Ask, kind: int, body: bytes, what: str) -> list[bytes]:
+    """Return the messages of a dump; one that changed under way is asked for again."""
+    while True:
+        found: list[bytes] = []
+        interrupted = False
+        for answer, flags, message in ask(kind, NLM_F_DUMP, body):
+            interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+            if answer == NLMSG_ERROR:
+                _refuse(message, what, missing_is_fine=False)
+            elif answer != NLMSG_DONE:
+                found.append(message)
+        if not interrupted:
+            return found
+
+
+def _refuse(message: bytes, what: str, *, missing_is_fine: bool) -> None:
+    code = -struct.unpack_from("=i", message, 16)[0]
+    if code and not (missing_is_fine and code == ENOENT):
+        raise NetlinkError(code, f"cannot {what}")

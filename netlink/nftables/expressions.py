@@ -1,0 +1,308 @@
+"""The parts of a rule, as frozen values that encode themselves.
+
+A rule is a list of expressions that work on registers: one loads a field, the next compares it or looks
+it up, the last acts. `nft --debug=netlink list ruleset` prints them in the same words. All numbers are
+from linux/netfilter/nf_tables.h. What `nft` 1.0.6 could not print back is not here (design decision 2).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar, Protocol
+
+from netlink.nftables.attributes import attribute, nested, number, text
+
+
+class Verdict(IntEnum):
+    """What a rule or a verdict map element says of a packet (NF_* and NFT_*)."""
+
+    DROP = 0
+    ACCEPT = 1
+    JUMP = -3
+    GOTO = -4
+    RETURN = -5
+
+
+class Base(IntEnum):
+    """Where in a packet a payload offset starts."""
+
+    NETWORK = 1
+    TRANSPORT = 2
+
+
+class MetaKey(IntEnum):
+    """Packet metadata."""
+
+    MARK = 3
+    L4PROTO = 16
+
+
+class CtKey(IntEnum):
+    """Connection tracking data."""
+
+    STATUS = 2
+
+
+class Compare(IntEnum):
+    """How `Cmp` compares."""
+
+    EQ = 0
+    NEQ = 1
+
+
+def register(slot: int) -> int:
+    """Return the number of a four-byte register; concatenated fields sit in consecutive slots."""
+    return 8 + slot
+
+
+VERDICT_REGISTER = 0
+IPS_DST_NAT = 1 << 5  # linux/netfilter/nf_conntrack_common.h: the connection's destination was changed
+RTN_LOCAL = 2  # linux/rtnetlink.h: an address of this machine
+MASQUERADE_FULLY_RANDOM = 1 << 4
+REJECT_ICMP_UNREACHABLE, REJECT_TCP_RESET = 0, 1
+ICMP_PORT_UNREACHABLE = 3
+
+
+class Expression(Protocol):
+    """One step of a rule: its kernel name and its attributes."""
+
+    name: ClassVar[str]
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Load bytes of the packet."""
+
+    name: ClassVar[str] = "payload"
+    base: Base
+    offset: int
+    length: int
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return (
+            number(1, register(self.slot))
+            + number(2, self.base)
+            + number(3, self.offset)
+            + number(4, self.length)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """Load packet metadata."""
+
+    name: ClassVar[str] = "meta"
+    key: MetaKey
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, register(self.slot)) + number(2, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class MetaSet:
+    """Store a register as packet metadata."""
+
+    name: ClassVar[str] = "meta"
+    key: MetaKey
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(2, self.key) + number(3, register(self.slot))
+
+
+@dataclass(frozen=True, slots=True)
+class Ct:
+    """Load connection tracking data."""
+
+    name: ClassVar[str] = "ct"
+    key: CtKey
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, register(self.slot)) + number(2, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class FibDestinationType:
+    """Load the type of the destination address: local, unicast, … (`fib daddr type`)."""
+
+    name: ClassVar[str] = "fib"
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, register(self.slot)) + number(2, 3) + number(3, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Bitwise:
+    """Compute `(register & mask) ^ flip`, in place; mask and flip are as long as the field, network bytes."""
+
+    name: ClassVar[str] = "bitwise"
+    mask: bytes
+    flip: bytes
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return (
+            number(1, register(self.slot))
+            + number(2, register(self.slot))
+            + number(3, len(self.mask))
+            + nested(4, attribute(1, self.mask))
+            + nested(5, attribute(1, self.flip))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cmp:
+    """Go on with the rule only if the register compares as said."""
+
+    name: ClassVar[str] = "cmp"
+    operator: Compare
+    value: bytes
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, register(self.slot)) + number(2, self.operator) + nested(3, attribute(1, self.value))
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Go on only if the key is in the set (or is not, when `invert`)."""
+
+    name: ClassVar[str] = "lookup"
+    set_name: str
+    slot: int = 0
+    invert: bool = False
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        flags = number(5, 1) if self.invert else b""
+        return text(1, self.set_name) + number(2, register(self.slot)) + flags
+
+
+@dataclass(frozen=True, slots=True)
+class MapLookup:
+    """Go on with the key's data in register `into`, if the key is in the map."""
+
+    name: ClassVar[str] = "lookup"
+    set_name: str
+    slot: int = 0
+    into: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return text(1, self.set_name) + number(2, register(self.slot)) + number(3, register(self.into))
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictLookup:
+    """Do what the verdict map says of the key, if the key is in it."""
+
+    name: ClassVar[str] = "lookup"
+    set_name: str
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return text(1, self.set_name) + number(2, register(self.slot)) + number(3, VERDICT_REGISTER)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomIndex:
+    """Load a random number from 0 to modulus-1, in host order (`numgen random mod`)."""
+
+    name: ClassVar[str] = "numgen"
+    modulus: int
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, register(self.slot)) + number(2, self.modulus) + number(3, 1) + number(4, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Dnat:
+    """Send the connection to the address and port in two registers."""
+
+    name: ClassVar[str] = "nat"
+    family: int
+    address_slot: int
+    port_slot: int
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return (
+            number(1, 1)
+            + number(2, self.family)
+            + number(3, register(self.address_slot))
+            + number(5, register(self.port_slot))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Masquerade:
+    """Give the connection an address of the interface it leaves by, with a fully random port."""
+
+    name: ClassVar[str] = "masq"
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, MASQUERADE_FULLY_RANDOM)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Refuse the packet: ICMP port unreachable, or a TCP reset."""
+
+    name: ClassVar[str] = "reject"
+    tcp_reset: bool = False
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        if self.tcp_reset:
+            return number(1, REJECT_TCP_RESET) + attribute(2, b"\0")
+        return number(1, REJECT_ICMP_UNREACHABLE) + attribute(2, bytes([ICMP_PORT_UNREACHABLE]))
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Count packets and bytes that come this far."""
+
+    name: ClassVar[str] = "counter"
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return attribute(1, struct.pack(">Q", 0)) + attribute(2, struct.pack(">Q", 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """End with a verdict; `chain` for a jump or goto."""
+
+    name: ClassVar[str] = "immediate"
+    verdict: Verdict
+    chain: str = ""
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, VERDICT_REGISTER) + nested(2, verdict_data(self.verdict, self.chain))
+
+
+def verdict_data(verdict: Verdict, chain: str = "") -> bytes:
+    """Encode a verdict as rule or element data (NFTA_DATA_VERDICT)."""
+    return nested(2, number(1, verdict), text(2, chain) if chain else b"")

@@ -1,0 +1,151 @@
+"""nftables in memory: refuses what the kernel refuses, so that tests and rendering need no kernel.
+
+The contract tests in tests/netlink run the same operations here and in a network namespace.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from netlink.family import Family
+from netlink.nftables.batch import (
+    AddChain,
+    AddElements,
+    AddMap,
+    AddRule,
+    AddTable,
+    BatchError,
+    DeleteChain,
+    DeleteElements,
+    DeleteTable,
+    Operation,
+)
+from netlink.nftables.expressions import Do, Lookup, MapLookup, VerdictLookup
+from netlink.nftables.objects import Chain, Data, Elements, Goto, Map, Rule
+
+
+@dataclass(slots=True)
+class State:
+    """What a table holds."""
+
+    comment: str
+    chains: dict[str, Chain] = field(default_factory=dict)
+    rules: dict[str, list[Rule]] = field(default_factory=dict)
+    maps: dict[str, Map] = field(default_factory=dict)
+    elements: dict[str, Elements] = field(default_factory=dict)
+
+
+class FakeNft:
+    """One table of nftables in memory."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.state: State | None = None
+
+    def commit(self, operations: Sequence[Operation]) -> None:
+        """Apply all operations or, with BatchError, none."""
+        before = copy.deepcopy(self.state)
+        try:
+            for operation in operations:
+                self._apply(operation)
+        except BatchError:
+            self.state = before
+            raise
+
+    def table_comment(self) -> str | None:
+        """Return the comment of the table, or None when there is no table."""
+        return self.state.comment if self.state else None
+
+    def chains(self) -> frozenset[str]:
+        """Return the names of the table's chains."""
+        return frozenset(self.state.chains) if self.state else frozenset()
+
+    def elements(self, which: Map) -> Elements:
+        """Return what is in a map."""
+        return dict(self.state.elements[which.name]) if self.state else {}
+
+    def _apply(self, operation: Operation) -> None:
+        if isinstance(operation, AddTable):
+            if self.state:
+                raise _refusal(errno.EEXIST, operation)
+            self.state = State(operation.comment)
+            return
+        if self.state is None:
+            raise _refusal(errno.ENOENT, operation)
+        match operation:
+            case DeleteTable():
+                self.state = None
+            case AddChain(chain):
+                if chain.name in self.state.chains:
+                    raise _refusal(errno.EEXIST, operation)
+                self.state.chains[chain.name] = chain
+                self.state.rules[chain.name] = []
+            case DeleteChain(name):
+                if name not in self.state.chains:
+                    raise _refusal(errno.ENOENT, operation)
+                if self._in_use(name):
+                    raise _refusal(errno.EBUSY, operation)
+                del self.state.chains[name], self.state.rules[name]
+            case AddMap(which):
+                if which.name in self.state.maps:
+                    raise _refusal(errno.EEXIST, operation)
+                self.state.maps[which.name] = which
+                self.state.elements[which.name] = {}
+            case AddRule(rule):
+                if rule.chain not in self.state.chains or not self._resolves(rule):
+                    raise _refusal(errno.ENOENT, operation)
+                self.state.rules[rule.chain].append(rule)
+            case AddElements(which, elements):
+                self._add(operation, which, elements)
+            case DeleteElements(which, elements):
+                here = self._elements_of(operation, which)
+                for key, _ in elements:
+                    if key not in here:
+                        raise _refusal(errno.ENOENT, operation, key)
+                    del here[key]
+
+    def _resolves(self, rule: Rule) -> bool:
+        """Whether every map and chain that the rule names is there."""
+        assert self.state
+        for expression in rule.expressions:
+            if (
+                isinstance(expression, Lookup | MapLookup | VerdictLookup)
+                and expression.set_name not in self.state.maps
+            ):
+                return False
+            if isinstance(expression, Do) and expression.chain and expression.chain not in self.state.chains:
+                return False
+        return True
+
+    def _in_use(self, chain: str) -> bool:
+        """Whether a rule or an element goes to a chain."""
+        assert self.state
+        rules = (e for rules in self.state.rules.values() for r in rules for e in r.expressions)
+        data = (d for elements in self.state.elements.values() for d in elements.values())
+        return any(isinstance(e, Do) and e.chain == chain for e in rules) or Goto(chain) in data
+
+    def _add(self, operation: Operation, which: Map, elements: Sequence[tuple[bytes, Data]]) -> None:
+        assert self.state
+        here = self._elements_of(operation, which)
+        size = which.key_size(self.family) + (1 if which.interval else 0)
+        for key, data in elements:
+            if len(key) != size:
+                raise _refusal(errno.EINVAL, operation, key)
+            if key in here:
+                raise _refusal(errno.EEXIST, operation, key)
+            if isinstance(data, Goto) and data.chain and data.chain not in self.state.chains:
+                raise _refusal(errno.ENOENT, operation, key)
+            here[key] = data
+
+    def _elements_of(self, operation: Operation, which: Map) -> Elements:
+        assert self.state
+        if which.name not in self.state.elements:
+            raise _refusal(errno.ENOENT, operation)
+        return self.state.elements[which.name]
+
+
+def _refusal(code: int, operation: Operation, element: bytes | None = None) -> BatchError:
+    return BatchError(code, operation, element, "")

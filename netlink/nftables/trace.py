@@ -1,0 +1,245 @@
+"""Walk a packet through rules as values: what the kernel would do with a connection's first packet.
+
+A random choice is followed down every branch. An expression that the walk does not know is an error,
+not a guess. Only our own table is walked; what other tables do is not known here.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+
+from netlink.family import Family
+from netlink.nftables.expressions import (
+    IPS_DST_NAT,
+    RTN_LOCAL,
+    Base,
+    Bitwise,
+    Cmp,
+    Compare,
+    Counter,
+    Ct,
+    Dnat,
+    Do,
+    Expression,
+    FibDestinationType,
+    Lookup,
+    MapLookup,
+    Masquerade,
+    Meta,
+    MetaKey,
+    MetaSet,
+    Payload,
+    RandomIndex,
+    Reject,
+    Verdict,
+    VerdictLookup,
+)
+from netlink.nftables.fake import State
+from netlink.nftables.objects import Goto, Hook, Map, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """The first packet of a connection. `from_node`: sent by this machine itself, not received."""
+
+    source: str
+    destination: str
+    protocol: int
+    port: int
+    from_node: bool = False
+
+    @property
+    def family(self) -> Family:
+        """The packet's IP family."""
+        return Family(ip_address(self.source).version)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a packet ends up: `verdict` is accept, drop or reject; `rules` tells what matched."""
+
+    verdict: str
+    destination: str
+    port: int
+    masqueraded: bool
+    rules: tuple[str, ...]
+
+
+class Ended(Exception):
+    """The packet's way ends in this chain of hooks: verdict accept (this hook only), drop or reject."""
+
+    def __init__(self, verdict: str) -> None:
+        super().__init__(verdict)
+        self.verdict = verdict
+
+
+def outcomes(state: State, packet: Packet, local: frozenset[str]) -> tuple[Outcome, ...]:
+    """Return every outcome, one per branch of the random choices; `local` are this machine's addresses."""
+    first = _Walk(state, packet, local, choice=0)
+    found = [first.run()]
+    for choice in range(1, first.branches):
+        found.append(_Walk(state, packet, local, choice).run())
+    return tuple(found)
+
+
+@dataclass(slots=True)
+class _Walk:
+    state: State
+    packet: Packet
+    local: frozenset[str]
+    choice: int
+    branches: int = 1
+    mark: int = 0
+    translated: bool = False
+    masqueraded: bool = False
+    registers: bytearray = field(default_factory=lambda: bytearray(64))
+    matched: list[str] = field(default_factory=list)
+
+    def run(self) -> Outcome:
+        """Walk the hooks in the kernel's order."""
+        verdict = "accept"
+        first = Hook.OUTPUT if self.packet.from_node else Hook.PREROUTING
+        try:
+            self._hook(first)
+            if not self.packet.from_node:
+                self._hook(Hook.INPUT if self.packet.destination in self.local else Hook.FORWARD)
+            if self.packet.from_node or self.packet.destination not in self.local:
+                self._hook(Hook.POSTROUTING)
+        except Ended as end:
+            verdict = end.verdict
+        return Outcome(
+            verdict, self.packet.destination, self.packet.port, self.masqueraded, tuple(self.matched)
+        )
+
+    def _hook(self, hook: Hook) -> None:
+        chains = [c for c in self.state.chains.values() if c.base and c.base.hook == hook]
+        for chain in sorted(chains, key=lambda c: c.base.priority if c.base else 0):
+            try:
+                self._chain(chain.name)
+            except Ended as end:
+                if end.verdict != "accept":
+                    raise
+
+    def _chain(self, name: str) -> None:
+        for rule in self.state.rules[name]:
+            jump = self._rule(rule)
+            if jump is None:
+                continue
+            self._chain(jump.chain)
+            return
+
+    def _rule(self, rule: Rule) -> Goto | None:
+        """Run a rule; return where it goes to, if it matched and goes somewhere."""
+        for number, expression in enumerate(rule.expressions):
+            last = number == len(rule.expressions) - 1
+            if last:
+                self.matched.append(f"{rule.chain}: {rule.comment}")
+            result = self._step(expression)
+            if isinstance(result, Goto):
+                return result
+            if not result:
+                if last:
+                    self.matched.pop()
+                return None
+        return None
+
+    def _step(self, expression: Expression) -> Goto | bool:
+        """Run an expression: False if the rule does not match, a Goto if it leaves the chain."""
+        match expression:
+            case Payload() | Meta() | Ct() | FibDestinationType() | RandomIndex():
+                self._load(expression)
+            case Bitwise(mask, flip, slot):
+                value = self._read(slot, len(mask))
+                self._write(slot, bytes((v & m) ^ f for v, m, f in zip(value, mask, flip, strict=True)))
+            case MetaSet(MetaKey.MARK, slot):
+                self.mark = struct.unpack("=I", self._read(slot, 4))[0]
+            case Cmp(operator, value, slot):
+                return (self._read(slot, len(value)) == value) == (operator is Compare.EQ)
+            case Lookup(name, slot, invert):
+                return self._contains(self.state.maps[name], slot) != invert
+            case MapLookup(name, slot, into):
+                data = self.state.elements[name].get(self._key(self.state.maps[name], slot))
+                if not isinstance(data, bytes):
+                    return False
+                self._write(into, data)
+            case VerdictLookup(name, slot):
+                data = self.state.elements[name].get(self._key(self.state.maps[name], slot))
+                return self._go(data) if isinstance(data, Goto) else False
+            case Do() | Dnat() | Masquerade() | Reject():
+                return self._act(expression)
+            case Counter():
+                pass
+            case _:
+                raise NotImplementedError(f"the walk does not know {expression}")
+        return True
+
+    def _load(self, expression: Expression) -> None:
+        family = self.packet.family
+        match expression:
+            case Payload(Base.NETWORK, offset, length, slot) if length == family.size:
+                sources = {
+                    family.source_offset: self.packet.source,
+                    family.destination_offset: self.packet.destination,
+                }
+                self._write(slot, ip_address(sources[offset]).packed)
+            case Payload(Base.NETWORK, offset, length, slot) if offset == family.destination_offset:
+                self._write(slot, ip_address(self.packet.destination).packed[:length])
+            case Payload(Base.TRANSPORT, 2, 2, slot):
+                self._write(slot, struct.pack(">H", self.packet.port))
+            case Meta(MetaKey.L4PROTO, slot):
+                self._write(slot, bytes([self.packet.protocol]))
+            case Meta(MetaKey.MARK, slot):
+                self._write(slot, struct.pack("=I", self.mark))
+            case Ct(_, slot):
+                self._write(slot, struct.pack("=I", IPS_DST_NAT if self.translated else 0))
+            case FibDestinationType(slot):
+                kind = RTN_LOCAL if self.packet.destination in self.local else 1
+                self._write(slot, struct.pack("=I", kind))
+            case RandomIndex(modulus, slot):
+                self.branches = max(self.branches, modulus)
+                self._write(slot, struct.pack("=I", self.choice % modulus))
+            case _:
+                raise NotImplementedError(f"the walk does not know {expression}")
+
+    def _act(self, expression: Expression) -> Goto | bool:
+        match expression:
+            case Do(verdict, chain):
+                if verdict is Verdict.GOTO:
+                    return Goto(chain)
+                raise Ended("drop" if verdict is Verdict.DROP else "accept")
+            case Dnat(_, address_slot, port_slot):
+                address = str(ip_address(self._read(address_slot, self.packet.family.size)))
+                port = struct.unpack(">H", self._read(port_slot, 2))[0]
+                self.packet = replace(self.packet, destination=address, port=port)
+                self.translated = True
+            case Masquerade():
+                self.masqueraded = True
+            case Reject():
+                raise Ended("reject")
+        raise Ended("accept")
+
+    def _go(self, target: Goto) -> Goto:
+        if not target.chain:
+            raise Ended("drop")
+        return target
+
+    def _contains(self, which: Map, slot: int) -> bool:
+        elements = self.state.elements[which.name]
+        key = self._key(which, slot)
+        if not which.interval:
+            return key in elements
+        # The nearest boundary at or below the key says whether it lies inside a range.
+        below = [e for e in elements if e[:-1] <= key]
+        return bool(below) and max(below, key=lambda e: (e[:-1], -e[-1]))[-1] == 0
+
+    def _key(self, which: Map, slot: int) -> bytes:
+        return self._read(slot, which.key_size(self.packet.family))
+
+    def _read(self, slot: int, length: int) -> bytes:
+        return bytes(self.registers[slot * 4 : slot * 4 + length])
+
+    def _write(self, slot: int, value: bytes) -> None:
+        padded = value + bytes(-len(value) % 4)
+        self.registers[slot * 4 : slot * 4 + len(padded)] = padded

@@ -1,0 +1,177 @@
+"""Apply: bring the kernel's maps from what they hold to what the frontends say, one batch a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from netlink.nftables.batch import (
+    AddChain,
+    AddElements,
+    DeleteChain,
+    DeleteElements,
+    DeleteTable,
+    Nftables,
+    Operation,
+)
+from netlink.nftables.objects import Elements, Map
+from proxy.frontends import Action, Frontend, Masquerade
+from proxy.nftables import ruleset
+from proxy.nftables.elements import Pairs, delta, hairpin, intervals, kind_of
+from proxy.nftables.ruleset import HAIRPIN, KINDS, LOCAL_POD_CIDRS, NO_MASQUERADE, POD_CIDRS, SETS, Kind
+from proxy.table import Change
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRanges:
+    """What the node rules need to know beside services; CIDRs of any family, in any order."""
+
+    pod_cidrs: tuple[str, ...] = ()
+    local_pod_cidrs: tuple[str, ...] = ()
+    no_masquerade: tuple[str, ...] = ()
+
+
+Shape = tuple[Kind, int, Masquerade]
+"""What a balancing chain depends on: its maps, the number of endpoints, who is masqueraded."""
+
+
+@dataclass(slots=True)
+class _Edit:
+    """Elements on their way into one batch, by map."""
+
+    removed: dict[Map, Pairs] = field(default_factory=dict)
+    added: dict[Map, Pairs] = field(default_factory=dict)
+    shapes: Counter[Shape] = field(default_factory=Counter)
+    hairpins: Counter[str] = field(default_factory=Counter)
+
+    def take(self, which: Map, removed: Pairs, added: Pairs) -> None:
+        """Note elements to remove from a map and to add to it."""
+        if removed:
+            self.removed.setdefault(which, []).extend(removed)
+        if added:
+            self.added.setdefault(which, []).extend(added)
+
+
+class Dataplane:
+    """The nftables service proxy of one IP family.
+
+    Holds no copy of the elements, only counts: which balancing chains and hairpin pairs are in use.
+    After a failed `apply` the counts may be wrong: call `load` before anything else.
+    """
+
+    name = "nftables"
+
+    def __init__(self, nft: Nftables) -> None:
+        self._nft = nft
+        self._family = nft.family
+        self._shapes: Counter[Shape] = Counter()
+        self._hairpins: Counter[str] = Counter()
+        self._ranges: dict[Map, Elements] = {}
+        self.elements = 0
+
+    def load(self, frontends: Iterable[Frontend], ranges: NodeRanges) -> bool:
+        """Make the kernel hold exactly this; return whether a table of our layout was there to start from.
+
+        Elements that are right already stay untouched, so connections and counters do not notice. A
+        table of another layout is replaced in one transaction.
+        """
+        edit = _Edit()
+        for frontend in frontends:
+            self._note(edit, None, frontend)
+        sets = self._set_elements(ranges)
+        pairs = {HAIRPIN: [hairpin(self._family, a) for a in edit.hairpins]}
+        wanted: dict[Map, Elements] = {m: dict(p) for m, p in (edit.added | pairs).items()} | sets
+        comment = self._nft.table_comment()
+        adopted = comment == ruleset.layout_comment(self._family)
+        if adopted:
+            operations = self._difference(wanted, edit.shapes)
+        else:
+            operations = [] if comment is None else [DeleteTable()]
+            operations += ruleset.base(self._family)
+            operations += self._new_chains(edit.shapes)
+            operations += [AddElements(m, list(e.items())) for m, e in wanted.items() if e]
+        self._nft.commit(operations)
+        self._shapes, self._hairpins, self._ranges = edit.shapes, edit.hairpins, sets
+        self.elements = sum(len(e) for e in wanted.values())
+        return adopted
+
+    def apply(self, changes: Iterable[Change], ranges: NodeRanges | None = None) -> int:
+        """Bring changes of frontends, and ranges if given, to the kernel; return how many elements moved.
+
+        Raises BatchError, in which case the kernel is as it was.
+        """
+        edit = _Edit()
+        for change in changes:
+            self._note(edit, change.old, change.new)
+        sets = self._ranges if ranges is None else self._set_elements(ranges)
+        for which, elements in sets.items():
+            there = self._ranges[which]
+            # In order of address: the kernel checks each new range against its neighbours.
+            old, new = sorted(there.keys() - elements), sorted(elements.keys() - there)
+            edit.take(which, [(k, None) for k in old], [(k, None) for k in new])
+        for address, count in edit.hairpins.items():
+            before, after = self._hairpins[address], self._hairpins[address] + count
+            if bool(before) != bool(after):
+                pair = [hairpin(self._family, address)]
+                edit.take(HAIRPIN, pair if before else [], pair if after else [])
+        begun = [s for s, n in edit.shapes.items() if n and not self._shapes[s]]
+        ended = [s for s, n in edit.shapes.items() if n and not self._shapes[s] + n]
+        self._nft.commit(
+            [
+                *(DeleteElements(m, p) for m, p in edit.removed.items()),
+                *self._new_chains(begun),
+                *(AddElements(m, p) for m, p in edit.added.items()),
+                *(DeleteChain(ruleset.balance_chain(*shape)) for shape in ended),
+            ]
+        )
+        self._shapes.update(edit.shapes)
+        self._hairpins.update(edit.hairpins)
+        self._ranges = sets
+        added, removed = (sum(map(len, side.values())) for side in (edit.added, edit.removed))
+        self.elements += added - removed
+        return added + removed
+
+    def _note(self, edit: _Edit, old: Frontend | None, new: Frontend | None) -> None:
+        """Add one frontend's change to an edit."""
+        some = new or old
+        assert some
+        kind = kind_of(some.key)
+        found = delta(old, new)
+        edit.take(kind.verdicts, found.old_verdicts, found.new_verdicts)
+        edit.take(kind.endpoints, found.old_endpoints, found.new_endpoints)
+        for frontend, count in ((old, -1), (new, 1)):
+            if frontend and frontend.action is Action.BALANCE:
+                edit.shapes[kind, len(frontend.endpoints), frontend.masquerade] += count
+                for endpoint in frontend.endpoints:
+                    if endpoint.local:
+                        edit.hairpins[endpoint.address] += count
+
+    def _set_elements(self, ranges: NodeRanges) -> dict[Map, Elements]:
+        return {
+            POD_CIDRS: intervals(self._family, ranges.pod_cidrs),
+            LOCAL_POD_CIDRS: intervals(self._family, ranges.local_pod_cidrs),
+            NO_MASQUERADE: intervals(self._family, ranges.no_masquerade),
+        }
+
+    def _difference(self, wanted: Mapping[Map, Elements], shapes: Counter[Shape]) -> list[Operation]:
+        """Return what turns the table that is there into the one that is wanted."""
+        removals: list[Operation] = []
+        additions: list[Operation] = []
+        for which in (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints))):
+            there, here = self._nft.elements(which), wanted.get(which, {})
+            old = [(k, d) for k, d in there.items() if k not in here or here[k] != d]
+            new = [(k, d) for k, d in here.items() if k not in there or there[k] != d]
+            if old:
+                removals.append(DeleteElements(which, old))
+            if new:
+                additions.append(AddElements(which, new))
+        present = self._nft.chains()
+        names = {ruleset.balance_chain(*shape): shape for shape in shapes}
+        missing = self._new_chains(shape for name, shape in names.items() if name not in present)
+        constant = {op.chain.name for op in ruleset.base(self._family) if isinstance(op, AddChain)}
+        unused = [DeleteChain(name) for name in sorted(present - constant - names.keys())]
+        return [*removals, *missing, *additions, *unused]
+
+    def _new_chains(self, shapes: Iterable[Shape]) -> list[Operation]:
+        return [op for shape in shapes for op in ruleset.balance_rules(self._family, *shape)]

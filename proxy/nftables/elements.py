@@ -1,0 +1,127 @@
+"""From a frontend to map elements, and from two versions of it to the elements that differ. Pure."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterable
+from ipaddress import ip_network
+from typing import NamedTuple
+
+from netlink.family import Family
+from netlink.nftables.objects import Data, Elements, Goto
+from proxy.frontends import Action, Frontend, FrontendKey, Origin
+from proxy.nftables.ruleset import (
+    NODE_PORTS,
+    NODE_PORTS_INTERNAL,
+    REJECT_CHAIN,
+    SERVICES,
+    Kind,
+    balance_chain,
+)
+
+_PORT = struct.Struct(">HH")
+_INDEX: list[bytes] = []
+
+Pairs = list[tuple[bytes, Data]]
+
+
+class Delta(NamedTuple):
+    """Elements to take out of a pair of maps and to put in, verdicts and endpoints apart."""
+
+    old_verdicts: Pairs
+    new_verdicts: Pairs
+    old_endpoints: Pairs
+    new_endpoints: Pairs
+
+
+def kind_of(key: FrontendKey) -> Kind:
+    """Return the pair of maps that a frontend belongs in."""
+    if key.address:
+        return SERVICES
+    return NODE_PORTS_INTERNAL if key.origin is Origin.INTERNAL else NODE_PORTS
+
+
+def key_bytes(key: FrontendKey) -> bytes:
+    """Encode a frontend's key as the registers that the rules load."""
+    tail = bytes((key.protocol.value, 0, 0, 0)) + _PORT.pack(key.port, 0)
+    return socket.inet_pton(key.family.af, key.address) + tail if key.address else tail
+
+
+def verdict(frontend: Frontend) -> Goto:
+    """Return where packets to a frontend go; an empty chain drops them."""
+    if frontend.action is Action.BALANCE:
+        kind = kind_of(frontend.key)
+        return Goto(balance_chain(kind, len(frontend.endpoints), frontend.masquerade))
+    return Goto(REJECT_CHAIN if frontend.action is Action.REJECT else "")
+
+
+def endpoint_data(frontend: Frontend) -> list[bytes]:
+    """Encode a frontend's endpoints, in order, as the registers that dnat reads."""
+    af, pton, pack = frontend.key.family.af, socket.inet_pton, _PORT.pack
+    return [pton(af, address) + pack(port, 0) for address, port, _ in frontend.endpoints]
+
+
+def delta(old: Frontend | None, new: Frontend | None) -> Delta:
+    """Return the elements that turn one version of a frontend into another; at least one is given."""
+    found = Delta([], [], [], [])
+    some = new or old
+    assert some
+    prefix = key_bytes(some.key)
+    before = verdict(old) if old else None
+    after = verdict(new) if new else None
+    if before != after:
+        if before:
+            found.old_verdicts.append((prefix, before))
+        if after:
+            found.new_verdicts.append((prefix, after))
+    was = endpoint_data(old) if old else []
+    now = endpoint_data(new) if new else []
+    keys = [prefix + index for index in _indexes(max(len(was), len(now)))]
+    for key, here, there in zip(keys, was, now, strict=False):
+        if here != there:
+            found.old_endpoints.append((key, here))
+            found.new_endpoints.append((key, there))
+    found.old_endpoints.extend(zip(keys[len(now) :], was[len(now) :], strict=True))
+    found.new_endpoints.extend(zip(keys[len(was) :], now[len(was) :], strict=True))
+    return found
+
+
+def _indexes(count: int) -> list[bytes]:
+    """Return the first indexes, encoded in host order as `numgen` makes them."""
+    while len(_INDEX) < count:
+        _INDEX.append(struct.pack("=I", len(_INDEX)))
+    return _INDEX[:count]
+
+
+def hairpin(family: Family, address: str) -> tuple[bytes, Data]:
+    """Return the element that lets an endpoint reach itself."""
+    packed = socket.inet_pton(family.af, address)
+    return packed + packed, None
+
+
+def intervals(family: Family, cidrs: Iterable[str]) -> Elements:
+    """Return the elements of an interval set that holds CIDRs of a family, neighbours joined.
+
+    A range's end is the address after it, and there is none after the last address.
+    """
+    found: Elements = {}
+    for start, end in _joined(family, cidrs):
+        found[start.to_bytes(family.size, "big") + b"\0"] = None
+        if end < 1 << family.bits:
+            found[end.to_bytes(family.size, "big") + b"\1"] = None
+    return found
+
+
+def _joined(family: Family, cidrs: Iterable[str]) -> list[tuple[int, int]]:
+    networks = (ip_network(c) for c in cidrs)
+    spans = sorted(
+        (int(n.network_address), int(n.broadcast_address) + 1) for n in networks if n.version == family.value
+    )
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined

@@ -1,0 +1,245 @@
+"""The constant part of the table: base chains, rules and empty maps, and the shape of balancing chains.
+
+README.md in this folder draws the packet's path. Nothing here depends on which services exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from netlink.family import Family
+from netlink.nftables.batch import AddChain, AddMap, AddRule, AddTable, Operation
+from netlink.nftables.expressions import (
+    IPS_DST_NAT,
+    RTN_LOCAL,
+    Base,
+    Bitwise,
+    Cmp,
+    Compare,
+    Counter,
+    Ct,
+    CtKey,
+    Dnat,
+    Expression,
+    FibDestinationType,
+    Lookup,
+    MapLookup,
+    Masquerade,
+    Meta,
+    MetaKey,
+    MetaSet,
+    Payload,
+    RandomIndex,
+    Reject,
+    VerdictLookup,
+)
+from netlink.nftables.objects import (
+    PRIORITY_DSTNAT,
+    PRIORITY_SRCNAT,
+    Chain,
+    Field,
+    Hook,
+    Map,
+    Rule,
+)
+from netlink.nftables.objects import Base as BaseChain
+from proxy.frontends import Masquerade as MasqueradePolicy
+
+TABLE = "podwire"
+
+MASQUERADE_MARK = 0x4000
+"""The packet mark bit from "this connection is to be masqueraded" to where that happens: kube-proxy's."""
+
+POD_CIDRS = Map("pod_cidrs", (Field.SOURCE,), interval=True, comment="the pod ranges of all nodes")
+LOCAL_POD_CIDRS = Map(
+    "local_pod_cidrs", (Field.SOURCE,), interval=True, comment="the pod ranges of this node"
+)
+NO_MASQUERADE = Map(
+    "no_masquerade", (Field.DESTINATION,), interval=True, comment="where pods keep their address: pods, nodes"
+)
+HAIRPIN = Map(
+    "hairpin", (Field.SOURCE, Field.DESTINATION), comment="endpoints of this node that may call themselves"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kind:
+    """One pair of maps: `verdicts` by key, and `endpoints` by key and index."""
+
+    name: str
+    by_address: bool
+    verdicts: Map
+    endpoints: Map
+
+
+def _kind(name: str, *, by_address: bool) -> Kind:
+    key = (Field.DESTINATION, Field.L4PROTO, Field.DPORT) if by_address else (Field.L4PROTO, Field.DPORT)
+    return Kind(
+        name,
+        by_address,
+        Map(name, key, verdicts=True, comment="which chain balances it: one per frontend"),
+        Map(
+            f"{name}_endpoints",
+            (*key, Field.INDEX),
+            data=(Field.DESTINATION, Field.DPORT),
+            comment="one per endpoint of a frontend",
+        ),
+    )
+
+
+SERVICES = _kind("services", by_address=True)
+NODE_PORTS_INTERNAL = _kind("node_ports_internal", by_address=False)
+NODE_PORTS = _kind("node_ports", by_address=False)
+KINDS = (SERVICES, NODE_PORTS_INTERNAL, NODE_PORTS)
+SETS = (POD_CIDRS, LOCAL_POD_CIDRS, NO_MASQUERADE, HAIRPIN)
+
+REJECT_CHAIN = "reject_no_endpoints"
+
+
+def balance_chain(kind: Kind, endpoints: int, masquerade: MasqueradePolicy) -> str:
+    """Return the name of the chain that balances over a number of endpoints."""
+    suffix = {
+        MasqueradePolicy.NEVER: "",
+        MasqueradePolicy.OFF_CLUSTER: "_masquerade_off_cluster",
+        MasqueradePolicy.ALWAYS: "_masquerade",
+    }
+    return f"{kind.name}_{endpoints}{suffix[masquerade]}"
+
+
+def balance_rules(
+    family: Family, kind: Kind, endpoints: int, masquerade: MasqueradePolicy
+) -> tuple[Operation, ...]:
+    """Return what makes a balancing chain: a mark if it masquerades, then the random choice."""
+    name = balance_chain(kind, endpoints, masquerade)
+    rules = []
+    if masquerade is MasqueradePolicy.ALWAYS:
+        rules.append(Rule(name, _set_mark(), "masquerade every client"))
+    elif masquerade is MasqueradePolicy.OFF_CLUSTER:
+        outside = (_source(family), Lookup(POD_CIDRS.name, invert=True))
+        rules.append(Rule(name, (*outside, *_set_mark()), "masquerade clients that are not pods"))
+    fields, slots = _key(family, kind)
+    choose: tuple[Expression, ...] = (
+        *fields,
+        RandomIndex(endpoints, slot=slots),
+        MapLookup(kind.endpoints.name),
+        Dnat(family.af, address_slot=0, port_slot=family.size // 4),
+    )
+    rules.append(Rule(name, choose, f"one of {endpoints}"))
+    return (AddChain(Chain(name)), *(AddRule(r) for r in rules))
+
+
+def base(family: Family) -> tuple[Operation, ...]:
+    """Return what makes the table without any data."""
+    structure = tuple(_structure(family))
+    digest = hashlib.sha256(repr(structure).encode() + repr(_templates(family)).encode()).hexdigest()[:12]
+    return (AddTable(f"service proxy and pod masquerade; layout {digest}"), *structure)
+
+
+def layout_comment(family: Family) -> str:
+    """Return the table comment that says which layout the table has: another comment, another layout."""
+    table = base(family)[0]
+    assert isinstance(table, AddTable)
+    return table.comment
+
+
+def _templates(family: Family) -> list[tuple[Operation, ...]]:
+    return [balance_rules(family, kind, 2, masquerade) for kind in KINDS for masquerade in MasqueradePolicy]
+
+
+def _structure(family: Family) -> Iterator[Operation]:
+    """Yield maps, chains and rules in packet order."""
+    for which in (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints))):
+        yield AddMap(which)
+    yield AddChain(Chain(REJECT_CHAIN))
+    for rule in _reject():
+        yield AddRule(rule)
+    yield AddChain(Chain("prerouting", BaseChain("nat", Hook.PREROUTING, PRIORITY_DSTNAT)))
+    yield AddChain(Chain("output", BaseChain("nat", Hook.OUTPUT, PRIORITY_DSTNAT)))
+    yield AddChain(Chain("postrouting", BaseChain("nat", Hook.POSTROUTING, PRIORITY_SRCNAT)))
+    for rule in (
+        *_translate(family, "prerouting"),
+        *_translate(family, "output"),
+        *_postrouting(family),
+    ):
+        yield AddRule(rule)
+
+
+def _reject() -> Iterator[Rule]:
+    tcp = (Meta(MetaKey.L4PROTO), Cmp(Compare.EQ, bytes([6])))
+    yield Rule(REJECT_CHAIN, (*tcp, Reject(tcp_reset=True)), "no endpoints: TCP reset")
+    yield Rule(REJECT_CHAIN, (Reject(),), "no endpoints: ICMP port unreachable")
+
+
+def _translate(family: Family, chain: str) -> Iterator[Rule]:
+    """Yield the destination NAT rules: by address first; node ports last, on any address of the node."""
+    yield Rule(chain, (*_key(family, SERVICES)[0], VerdictLookup(SERVICES.name)), "cluster addresses")
+    node = _to_this_node(family)
+    internal = (*_key(family, NODE_PORTS_INTERNAL)[0], VerdictLookup(NODE_PORTS_INTERNAL.name))
+    comment = "node ports for clients inside the cluster, where these differ"
+    if chain == "output":
+        yield Rule(chain, (*node, *internal), comment)
+    else:
+        yield Rule(chain, (*node, _source(family), Lookup(POD_CIDRS.name), *internal), comment)
+    yield Rule(chain, (*node, *_key(family, NODE_PORTS)[0], VerdictLookup(NODE_PORTS.name)), "node ports")
+
+
+def _postrouting(family: Family) -> Iterator[Rule]:
+    mark = _mark_bytes()
+    marked = (Meta(MetaKey.MARK), Bitwise(mark, bytes(4)), Cmp(Compare.NEQ, bytes(4)))
+    clear = (Meta(MetaKey.MARK), Bitwise(b"\xff" * 4, mark), MetaSet(MetaKey.MARK))
+    yield Rule(
+        "postrouting", (*marked, *clear, Counter(), Masquerade()), "service traffic that was marked for it"
+    )
+    translated = (
+        Ct(CtKey.STATUS),
+        Bitwise(struct.pack("=I", IPS_DST_NAT), bytes(4)),
+        Cmp(Compare.NEQ, bytes(4)),
+    )
+    pair = (_source(family), _destination(family, slot=family.size // 4), Lookup(HAIRPIN.name))
+    yield Rule(
+        "postrouting", (*translated, *pair, Counter(), Masquerade()), "a pod that reached itself by a service"
+    )
+    leaving = (
+        _source(family),
+        Lookup(LOCAL_POD_CIDRS.name),
+        _destination(family),
+        Lookup(NO_MASQUERADE.name, invert=True),
+    )
+    yield Rule("postrouting", (*leaving, Counter(), Masquerade()), "pods to the outside")
+
+
+def _source(family: Family) -> Payload:
+    return Payload(Base.NETWORK, family.source_offset, family.size)
+
+
+def _destination(family: Family, slot: int = 0) -> Payload:
+    return Payload(Base.NETWORK, family.destination_offset, family.size, slot)
+
+
+def _key(family: Family, kind: Kind) -> tuple[tuple[Expression, ...], int]:
+    """Return the loads of a kind's key, and the first free register after them."""
+    after = family.size // 4 if kind.by_address else 0
+    address: tuple[Expression, ...] = (_destination(family),) if kind.by_address else ()
+    return (*address, Meta(MetaKey.L4PROTO, after), Payload(Base.TRANSPORT, 2, 2, after + 1)), after + 2
+
+
+def _to_this_node(family: Family) -> tuple[Expression, ...]:
+    """Match any address of the node except loopback ones: those would need route_localnet (CVE-2020-8558)."""
+    local = (FibDestinationType(), Cmp(Compare.EQ, struct.pack("=I", RTN_LOCAL)))
+    if family is Family.V4:
+        first_byte = Payload(Base.NETWORK, family.destination_offset, 1)
+        return (*local, first_byte, Cmp(Compare.NEQ, b"\x7f"))
+    return (*local, _destination(family), Cmp(Compare.NEQ, bytes(15) + b"\1"))
+
+
+def _mark_bytes() -> bytes:
+    return struct.pack("=I", MASQUERADE_MARK)
+
+
+def _set_mark() -> tuple[Expression, ...]:
+    mark = _mark_bytes()
+    others = bytes(b ^ 0xFF for b in mark)
+    return (Meta(MetaKey.MARK), Bitwise(others, mark), MetaSet(MetaKey.MARK))

@@ -1,0 +1,83 @@
+"""All frontends by key: who owns which, and what a change changes.
+
+Two services can claim the same key (the same external address, a node port set by hand). Then the one
+whose name sorts first has it, whatever the order of events, and the other waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from proxy.frontends import Frontend, FrontendKey
+from proxy.model import ObjectName
+
+
+class Change(NamedTuple):
+    """A frontend before and after: None where there is none."""
+
+    old: Frontend | None
+    new: Frontend | None
+
+
+class FrontendTable:
+    """The frontends of all services."""
+
+    def __init__(self) -> None:
+        self._keys: dict[ObjectName, tuple[FrontendKey, ...]] = {}
+        self._winners: dict[FrontendKey, Frontend] = {}
+        self._waiting: dict[FrontendKey, list[Frontend]] = {}
+
+    def __iter__(self) -> Iterator[Frontend]:
+        return iter(self._winners.values())
+
+    def __len__(self) -> int:
+        return len(self._winners)
+
+    def replace(self, service: ObjectName, new: Iterable[Frontend]) -> list[Change]:
+        """Set the frontends of a service (none: it is gone); return what changed, key by key."""
+        desired = {f.key: f for f in new}
+        changes = []
+        for key in (*self._keys.get(service, ()), *desired):
+            before = self._winners.get(key)
+            self._claim(key, service, desired.get(key))
+            after = self._winners.get(key)
+            if before is not after and before != after:
+                changes.append(Change(before, after))
+        if desired:
+            self._keys[service] = tuple(desired)
+        else:
+            self._keys.pop(service, None)
+        return changes
+
+    def conflicts(self) -> list[str]:
+        """Return a sentence for each key that more than one service claims."""
+        return [
+            f"service {loser.service} gets no {_place(key)}: service {self._winners[key].service} has it"
+            for key, losers in self._waiting.items()
+            for loser in losers
+        ]
+
+    def _claim(self, key: FrontendKey, service: ObjectName, claim: Frontend | None) -> None:
+        """Set what one service claims of a key, and decide who has it."""
+        holder = self._winners.get(key)
+        waiting = self._waiting.pop(key, [])
+        others = [f for f in ([holder, *waiting] if holder else waiting) if not _belongs(f, service)]
+        claims = sorted([*others, claim] if claim else others, key=lambda f: f.service)
+        if not claims:
+            self._winners.pop(key, None)
+            return
+        self._winners[key] = claims[0]
+        if claims[1:]:
+            self._waiting[key] = claims[1:]
+
+
+def _belongs(frontend: Frontend, service: ObjectName) -> bool:
+    name = str(service)
+    return frontend.service == name or frontend.service.startswith(name + ":")
+
+
+def _place(key: FrontendKey) -> str:
+    if not key.address:
+        return f"node port {key.port}/{key.protocol.name}"
+    return f"{key.address} port {key.port}/{key.protocol.name}"
