@@ -46,6 +46,11 @@ class Family(Enum):
         return self.source_offset + self.size
 
     @property
+    def port_unreachable(self) -> int:
+        """The code of ICMP (RFC 792) or ICMPv6 (RFC 4443) "port unreachable"."""
+        return 3 if self is Family.V4 else 4
+
+    @property
     def loopback(self) -> str:
         """The loopback range, as a CIDR."""
         return "127.0.0.0/8" if self is Family.V4 else "::1/128"

@@ -128,6 +128,19 @@ def link_set(
     return Request(f"change interface {index}", RTM_NEWLINK, 0, _message(ifinfmsg, {"index": index}, attrs))
 
 
+def bridge_port(index: int, bridge: int) -> Request:
+    """Make an interface a port of a bridge, one that also sends a frame back to where it came from.
+
+    That is what a pod needs which reaches itself through a service (hairpin mode, IFLA_BRPORT_MODE).
+    """
+    slave = {"attrs": [("IFLA_BRPORT_MODE", 1)]}
+    info = {"attrs": [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", slave)]}
+    attrs = [("IFLA_MASTER", bridge), ("IFLA_LINKINFO", info)]
+    return Request(
+        f"make interface {index} a bridge port", RTM_NEWLINK, 0, _message(ifinfmsg, {"index": index}, attrs)
+    )
+
+
 def link_delete(name: str) -> Request:
     """Remove an interface by name."""
     return Request(

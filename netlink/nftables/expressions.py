@@ -62,7 +62,6 @@ IPS_DST_NAT = 1 << 5  # linux/netfilter/nf_conntrack_common.h: the connection's 
 RTN_LOCAL = 2  # linux/rtnetlink.h: an address of this machine
 MASQUERADE_FULLY_RANDOM = 1 << 4
 REJECT_ICMP_UNREACHABLE, REJECT_TCP_RESET = 0, 1
-ICMP_PORT_UNREACHABLE = 3
 
 
 class Expression(Protocol):
@@ -267,16 +266,16 @@ class Masquerade:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Refuse the packet: ICMP port unreachable, or a TCP reset."""
+    """Refuse the packet: with an ICMP (or ICMPv6) unreachable code, or with a TCP reset if there is none."""
 
     name: ClassVar[str] = "reject"
-    tcp_reset: bool = False
+    code: int | None = None
 
     def attributes(self) -> bytes:
         """Return the encoded attributes."""
-        if self.tcp_reset:
+        if self.code is None:
             return number(1, REJECT_TCP_RESET) + attribute(2, b"\0")
-        return number(1, REJECT_ICMP_UNREACHABLE) + attribute(2, bytes([ICMP_PORT_UNREACHABLE]))
+        return number(1, REJECT_ICMP_UNREACHABLE) + attribute(2, bytes([self.code]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ def _structure(family: Family) -> Iterator[Operation]:
     for which in (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints))):
         yield AddMap(which)
     yield AddChain(Chain(REJECT_CHAIN))
-    for rule in _reject():
+    for rule in _reject(family):
         yield AddRule(rule)
     yield AddChain(Chain("prerouting", BaseChain("nat", Hook.PREROUTING, PRIORITY_DSTNAT)))
     yield AddChain(Chain("output", BaseChain("nat", Hook.OUTPUT, PRIORITY_DSTNAT)))
@@ -167,10 +167,10 @@ def _structure(family: Family) -> Iterator[Operation]:
         yield AddRule(rule)
 
 
-def _reject() -> Iterator[Rule]:
+def _reject(family: Family) -> Iterator[Rule]:
     tcp = (Meta(MetaKey.L4PROTO), Cmp(Compare.EQ, bytes([6])))
-    yield Rule(REJECT_CHAIN, (*tcp, Reject(tcp_reset=True)), "no endpoints: TCP reset")
-    yield Rule(REJECT_CHAIN, (Reject(),), "no endpoints: ICMP port unreachable")
+    yield Rule(REJECT_CHAIN, (*tcp, Reject()), "no endpoints: TCP reset")
+    yield Rule(REJECT_CHAIN, (Reject(family.port_unreachable),), "no endpoints: ICMP port unreachable")
 
 
 def _translate(family: Family, chain: str) -> Iterator[Rule]:

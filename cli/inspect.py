@@ -1,0 +1,106 @@
+"""`podwire status`, `pods`, `frontends`, `routes`: what the daemon knows."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from api import podwire_pb2 as pb
+from api import podwire_pb2_grpc as rpc
+from cli.output import CommandError, show
+
+SOCKET = "/run/podwire/podwire.sock"
+TIMEOUT_SECONDS = 5.0
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the commands to the parser."""
+    for name, run, summary in (
+        ("status", status, "whether this node's network works, and what is wrong"),
+        ("pods", pods, "the pods attached to this node and their addresses"),
+        ("frontends", frontends, "what packets can be addressed to, and where they go"),
+        ("routes", routes, "the routes to the pods of other nodes"),
+    ):
+        parser = commands.add_parser(name, help=summary, description=f"Show {summary}.")
+        parser.add_argument("--socket", default=SOCKET, help="the daemon's socket (default: %(default)s)")
+        parser.add_argument(
+            "-o", "--output", choices=("table", "json"), default="table", help="how to print (default: table)"
+        )
+        if name == "frontends":
+            parser.add_argument("service", nargs="?", default="", help="only this service (namespace/name)")
+        parser.set_defaults(run=run)
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print the daemon's health; exit status 1 when the node is not ready."""
+    with _daemon(args) as stub:
+        health = stub.Health(pb.HealthRequest(), timeout=TIMEOUT_SECONDS)
+    if args.output == "json":
+        print(json.dumps(_fields(health), indent=2))
+        return 0 if health.ready else 1
+    age = f"{time.time() - health.last_sync:.0f} s ago" if health.last_sync else "never"
+    print(f"node {health.node}: {'ready' if health.ready else 'NOT READY'} (podwire {health.version})")
+    print(f"  pods       mode {health.mode}, podCIDRs {', '.join(health.pod_cidrs) or 'none yet'}")
+    print(f"  services   {health.services} with {health.frontends} frontends, {health.elements} map elements")
+    print(f"  dataplane  {health.dataplane}, last synced {age}")
+    for problem in health.problems:
+        print(f"  problem    {problem}")
+    return 0 if health.ready else 1
+
+
+def pods(args: argparse.Namespace) -> int:
+    """Print the attachments in the ledger."""
+    with _daemon(args) as stub:
+        found = stub.Pods(pb.PodsRequest(), timeout=TIMEOUT_SECONDS).pods
+    show(
+        args.output,
+        ("container_id", "ifname", "addresses", "host_ifname", "state"),
+        [_fields(p) for p in found],
+    )
+    return 0
+
+
+def frontends(args: argparse.Namespace) -> int:
+    """Print the frontends."""
+    with _daemon(args) as stub:
+        found = stub.Frontends(pb.FrontendsRequest(service=args.service), timeout=TIMEOUT_SECONDS).frontends
+    if args.service and not found:
+        raise CommandError(
+            f"service {args.service} has no frontend on this node (or there is no such service)"
+        )
+    columns = ("service", "match", "protocol", "port", "origin", "action", "masquerade", "endpoints")
+    show(args.output, columns, [_fields(f) for f in found])
+    return 0
+
+
+def routes(args: argparse.Namespace) -> int:
+    """Print the routes."""
+    with _daemon(args) as stub:
+        found = stub.Routes(pb.RoutesRequest(), timeout=TIMEOUT_SECONDS).routes
+    show(args.output, ("destination", "via", "node"), [_fields(r) for r in found])
+    return 0
+
+
+@contextlib.contextmanager
+def _daemon(args: argparse.Namespace) -> Iterator[rpc.InspectStub]:
+    """Connect to the daemon; a failed call becomes one sentence."""
+    with grpc.insecure_channel(f"unix:{args.socket}") as channel:
+        try:
+            yield rpc.InspectStub(channel)
+        except grpc.RpcError as error:
+            raise CommandError(f"no daemon answers on {args.socket}: {error.details()}") from None
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    """Return a message's fields, repeated ones as lists."""
+    found = {}
+    for descriptor in message.DESCRIPTOR.fields:
+        value = getattr(message, descriptor.name)
+        found[descriptor.name] = list(value) if descriptor.is_repeated else value
+    return found

@@ -1,0 +1,178 @@
+"""The daemon: composed of a source, the syncer, the CNI plugin and the servers, each in its threads.
+
+Start adopts what the kernel and the ledger hold; stop leaves both as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cni.plugin import Plugin, ledger_of
+from cni.reaper import Reaper
+from ipam.ledger import Ledger
+from netlink.errors import NetlinkError
+from node import underlay, web
+from node.metrics import Metrics
+from node.server import CniService, InspectService, serving
+from node.sources.manifests import Content, ManifestFolder
+from node.store import Pending, Store
+from node.syncer import SyncConfig, Syncer
+from proxy.nftables.dataplane import Dataplane
+
+log = logging.getLogger("podwire")
+
+HEALTHY_LAG = 60.0
+"""Seconds that a change may wait before the node is unhealthy (kube-proxy: twice its sync period)."""
+
+RETRY_SECONDS = (0.1, 5.0)
+"""First and longest wait after a failed sync."""
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """What the command line decides. Addresses are host:port; an empty one is not served."""
+
+    sync: SyncConfig
+    source: Path
+    state_dir: Path
+    socket: Path
+    metrics_address: str
+    healthz_address: str
+
+
+class Daemon:
+    """One node's daemon."""
+
+    def __init__(self, config: DaemonConfig) -> None:
+        self._config = config
+        self._stop = threading.Event()
+        self._store = Store()
+        self._metrics = Metrics()
+        self._synced = threading.Event()
+
+    def run(self) -> int:
+        """Run until SIGTERM or SIGINT; return the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        config = self._config
+        with ExitStack() as stack:
+            ledger = stack.enter_context(ledger_of(config.state_dir))
+            if ledger.reclaimed:
+                log.info("%d attachments of an earlier boot were freed", ledger.reclaimed)
+            for problem in underlay.forward_packets():
+                log.warning("%s", problem)
+            reaper = stack.enter_context(Reaper(ledger, config.state_dir))
+            reaper.recover()
+            syncer = stack.enter_context(Syncer(config.sync, ledger))
+            plugin = Plugin(ledger, config.state_dir, defer=reaper.submit)
+            inspect = InspectService(config.sync, ledger, syncer, self._ready)
+            pages = self._pages(syncer, ledger)
+            stack.enter_context(web.serving(config.metrics_address, pages))
+            stack.enter_context(web.serving(config.healthz_address, pages))
+            stack.enter_context(serving(config.socket, CniService(plugin), inspect))
+            source = threading.Thread(target=self._follow, args=(inspect,), name="source")
+            source.start()
+            stack.callback(source.join)
+            stack.callback(self._stop.set)
+            self._sync_until_stopped(syncer)
+        log.info("stopped; rules, routes and pods stay as they are")
+        return 0
+
+    def _follow(self, inspect: InspectService) -> None:
+        """Deliver the source's objects to the store; the daemon ends with it."""
+
+        def deliver(content: Content) -> None:
+            for problem in content.problems:
+                if problem not in inspect.source_problems:
+                    log.warning("%s", problem)
+            inspect.source_problems = content.problems
+            self._store.replace(content.objects)
+
+        try:
+            ManifestFolder(self._config.source).follow(deliver, self._stop.is_set)
+        except Exception as error:
+            log.error("the source ended: %s", error)
+            self._stop.set()
+
+    def _sync_until_stopped(self, syncer: Syncer) -> None:
+        pending: Pending | None = None
+        wait = RETRY_SECONDS[0]
+        while not self._stop.is_set():
+            pending = pending or self._store.take(timeout=0.2)
+            if pending is None:
+                continue
+            try:
+                self._sync(syncer, pending)
+            except (NetlinkError, OSError) as error:
+                log.error("sync failed, trying again in %.1f s: %s", wait, error)
+                self._metrics.failures.inc()
+                self._stop.wait(wait)
+                wait = min(wait * 2, RETRY_SECONDS[1])
+                pending = _merged(pending, self._store.take(timeout=0))
+            else:
+                pending, wait = None, RETRY_SECONDS[0]
+
+    def _sync(self, syncer: Syncer, pending: Pending) -> None:
+        first = not self._synced.is_set()
+        with self._metrics.sync.time():
+            syncer.sync(pending)
+        self._metrics.failures.set(0)
+        self._metrics.last_sync.set(syncer.status.last_sync)
+        self._metrics.latency.observe(time.monotonic() - pending.since)
+        if first:
+            self._synced.set()
+            # What is here now stays: no collection needs to walk it again.
+            gc.collect()
+            gc.freeze()
+            log.info("ready: %d services, %d elements", syncer.status.services, syncer.elements)
+
+    def _ready(self) -> bool:
+        """Whether the first snapshot is in the kernel and changes are not stuck."""
+        oldest = self._store.oldest
+        lagging = oldest is not None and time.monotonic() - oldest > HEALTHY_LAG
+        return self._synced.is_set() and not lagging
+
+    def _pages(self, syncer: Syncer, ledger: Ledger) -> dict[str, web.Page]:
+        def healthz() -> tuple[int, str, bytes]:
+            eligible = not syncer.status.node_deleting
+            body = {
+                "lastUpdated": _timestamp(syncer.status.last_sync),
+                "currentTime": _timestamp(time.time()),
+                "nodeEligible": eligible,
+            }
+            return web.document(body, 200 if self._ready() and eligible else 503)
+
+        def livez() -> tuple[int, str, bytes]:
+            return web.text("ok\n") if self._ready() else web.text("not synced\n", 503)
+
+        def metrics() -> tuple[int, str, bytes]:
+            self._metrics.elements.set(syncer.elements)
+            self._metrics.frontends.set(len(syncer.table))
+            self._metrics.pods.set(len(ledger.attachments()))
+            return 200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.page()
+
+        def proxy_mode() -> tuple[int, str, bytes]:
+            return web.text(Dataplane.name)
+
+        return {"/healthz": healthz, "/livez": livez, "/metrics": metrics, "/proxyMode": proxy_mode}
+
+
+def _merged(failed: Pending, newer: Pending | None) -> Pending:
+    """Return one change that stands for a failed one and what came after it."""
+    if newer is None:
+        return failed
+    return Pending(
+        newer.snapshot, failed.services | newer.services, failed.nodes or newer.nodes, failed.since
+    )
+
+
+def _timestamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

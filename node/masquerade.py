@@ -1,0 +1,29 @@
+"""Whose address is replaced on the way out: Nodes → the ranges that the node rules need. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
+
+from node.routes import accepted_ranges
+from proxy.model import Node
+from proxy.nftables.dataplane import NodeRanges
+
+ALWAYS_KEPT = ("169.254.0.0/16", "224.0.0.0/4", "fe80::/10", "ff00::/8")
+"""Link-local and multicast destinations: they never leave a link, so nobody translates back."""
+
+
+def ranges(nodes: Mapping[str, Node], me: str, extra: Sequence[str] = ()) -> NodeRanges:
+    """Return the pod ranges and where pods keep their own address: all pods, all nodes, `extra` CIDRs."""
+    accepted, _ = accepted_ranges(nodes, me)
+    pod_cidrs = tuple(cidr for _, cidr in accepted)
+    hosts = tuple(
+        f"{address}/{ip_address(address).max_prefixlen}"
+        for node in nodes.values()
+        for address in node.addresses
+    )
+    return NodeRanges(
+        pod_cidrs=pod_cidrs,
+        local_pod_cidrs=tuple(cidr for name, cidr in accepted if name == me),
+        no_masquerade=(*pod_cidrs, *hosts, *ALWAYS_KEPT, *extra),
+    )

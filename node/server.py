@@ -1,0 +1,160 @@
+"""The daemon's gRPC server: Cni for the plugin binary, Inspect for the command line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+
+from api import podwire_pb2 as pb
+from api import podwire_pb2_grpc as rpc
+from cni.plugin import Plugin
+from ipam.ledger import Ledger
+from node.syncer import SyncConfig, Syncer
+from proxy.frontends import Frontend
+from proxy.nftables.dataplane import Dataplane
+
+WORKERS = 16
+MESSAGE_BYTES = 64 << 20
+GRACE_SECONDS = 5.0
+
+
+class CniService(rpc.CniServicer):
+    """Every call is one execution of the plugin; the request says which command it is."""
+
+    def __init__(self, plugin: Plugin) -> None:
+        self._plugin = plugin
+
+    def Attach(self, request: pb.CniRequest, context: object) -> pb.CniReply:
+        """Handle CNI_COMMAND=ADD."""
+        return self._handle(request)
+
+    def Detach(self, request: pb.CniRequest, context: object) -> pb.CniReply:
+        """Handle CNI_COMMAND=DEL."""
+        return self._handle(request)
+
+    def Check(self, request: pb.CniRequest, context: object) -> pb.CniReply:
+        """Handle CNI_COMMAND=CHECK."""
+        return self._handle(request)
+
+    def Gc(self, request: pb.CniRequest, context: object) -> pb.CniReply:
+        """Handle CNI_COMMAND=GC."""
+        return self._handle(request)
+
+    def Status(self, request: pb.CniRequest, context: object) -> pb.CniReply:
+        """Handle CNI_COMMAND=STATUS."""
+        return self._handle(request)
+
+    def _handle(self, request: pb.CniRequest) -> pb.CniReply:
+        values = {
+            "CNI_COMMAND": request.command,
+            "CNI_CONTAINERID": request.container_id,
+            "CNI_NETNS": request.netns,
+            "CNI_IFNAME": request.ifname,
+            "CNI_ARGS": request.args,
+            "CNI_PATH": request.path,
+            "PODWIRE_REQUEST_ID": request.request_id,
+        }
+        code, stdout = self._plugin.handle({k: v for k, v in values.items() if v}, request.config)
+        return pb.CniReply(exit_code=code, stdout=stdout)
+
+
+class InspectService(rpc.InspectServicer):
+    """Tell what the daemon knows; change nothing."""
+
+    def __init__(self, config: SyncConfig, ledger: Ledger, syncer: Syncer, ready: Callable[[], bool]) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._syncer = syncer
+        self._ready = ready
+        self.source_problems: tuple[str, ...] = ()
+
+    def Pods(self, request: pb.PodsRequest, context: object) -> pb.PodsReply:
+        """List the attachments in the ledger."""
+        pods = (
+            pb.Pod(
+                container_id=a.key.container_id,
+                ifname=a.key.ifname,
+                netns=a.netns,
+                host_ifname=a.host_ifname,
+                addresses=map(str, a.addresses),
+                state=a.state,
+                created=a.created,
+            )
+            for a in self._ledger.attachments()
+        )
+        return pb.PodsReply(pods=pods)
+
+    def Frontends(self, request: pb.FrontendsRequest, context: object) -> pb.FrontendsReply:
+        """List what packets can be addressed to, as it is in the kernel."""
+        wanted = request.service
+        found = (f for f in self._syncer.frontends if not wanted or f.service.split(":")[0] == wanted)
+        return pb.FrontendsReply(frontends=map(_frontend, found))
+
+    def Routes(self, request: pb.RoutesRequest, context: object) -> pb.RoutesReply:
+        """List the routes to the pods of other nodes."""
+        routes = self._syncer.status.routes
+        return pb.RoutesReply(
+            routes=(
+                pb.Route(destination=r.route.destination, via=r.route.gateway or "", node=r.node)
+                for r in routes
+            )
+        )
+
+    def Health(self, request: pb.HealthRequest, context: object) -> pb.HealthReply:
+        """Tell whether the node works, and what is wrong."""
+        status = self._syncer.status
+        return pb.HealthReply(
+            version=version("podwire"),
+            node=self._config.node,
+            mode=self._config.mode.value,
+            dataplane=Dataplane.name,
+            pod_cidrs=status.pod_cidrs,
+            ready=self._ready(),
+            last_sync=status.last_sync,
+            services=status.services,
+            frontends=len(self._syncer.table),
+            elements=self._syncer.elements,
+            problems=(*self.source_problems, *status.problems),
+        )
+
+
+def _frontend(frontend: Frontend) -> pb.Frontend:
+    return pb.Frontend(
+        service=frontend.service,
+        match=frontend.key.address or "nodeport",
+        protocol=frontend.key.protocol.name,
+        port=frontend.key.port,
+        origin=frontend.key.origin.value,
+        action=frontend.action.value,
+        masquerade=frontend.masquerade.value,
+        endpoints=(
+            f"[{b.address}]:{b.port}" if ":" in b.address else f"{b.address}:{b.port}"
+            for b in frontend.endpoints
+        ),
+    )
+
+
+@contextlib.contextmanager
+def serving(socket: Path, cni: CniService, inspect: InspectService) -> Iterator[None]:
+    """Serve on a unix socket that only root can use; on leaving, calls in progress are finished."""
+    socket.parent.mkdir(parents=True, exist_ok=True)
+    size = [
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ]
+    server = grpc.server(ThreadPoolExecutor(WORKERS, thread_name_prefix="grpc"), options=size)
+    rpc.add_CniServicer_to_server(cni, server)  # type: ignore[no-untyped-call]
+    rpc.add_InspectServicer_to_server(inspect, server)  # type: ignore[no-untyped-call]
+    if not server.add_insecure_port(f"unix:{socket}"):
+        raise OSError(f"cannot listen on {socket}")
+    socket.chmod(0o600)
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop(GRACE_SECONDS).wait()

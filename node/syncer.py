@@ -1,0 +1,175 @@
+"""Bring snapshots to the kernel: service proxy, node rules and routes, as much as a change needs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Self
+
+from netaddr import IPNetwork
+
+from cni.wiring import Mode, NodeSettings, ensure_bridge
+from ipam.ledger import Ledger
+from netlink.family import Family
+from netlink.nftables.batch import Nft
+from netlink.rtnl import Rtnl
+from node import masquerade, underlay
+from node.routes import NodeRoute, plan
+from node.store import Pending
+from proxy.frontends import Frontend, frontends
+from proxy.model import EMPTY, ObjectName, Snapshot
+from proxy.nftables.dataplane import Dataplane
+from proxy.nftables.ruleset import TABLE
+from proxy.table import Change, FrontendTable
+
+log = logging.getLogger("podwire.sync")
+
+
+@dataclass(frozen=True, slots=True)
+class SyncConfig:
+    """What the syncer is told once."""
+
+    node: str
+    mode: Mode
+    mtu: int | None = None
+    no_masquerade: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Status:
+    """What the daemon shows of its last sync. `last_sync` is seconds since the epoch; 0 = never."""
+
+    last_sync: float = 0.0
+    pod_cidrs: tuple[str, ...] = ()
+    services: int = 0
+    routes: tuple[NodeRoute, ...] = ()
+    problems: tuple[str, ...] = ()
+    node_deleting: bool = False
+    durations: list[float] = field(default_factory=list)
+
+
+class Syncer:
+    """One snapshot after the other; used by one thread, the one that entered it."""
+
+    def __init__(self, config: SyncConfig, ledger: Ledger, clock: Callable[[], float] = time.time) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._clock = clock
+        self._stack = ExitStack()
+        self._dataplanes: dict[Family, Dataplane] = {}
+        self._snapshot = EMPTY
+        self._loaded = False
+        self._node_problems: tuple[str, ...] = ()
+        self.table = FrontendTable()
+        self.status = Status()
+
+    def __enter__(self) -> Self:
+        self._rtnl = self._stack.enter_context(Rtnl())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def elements(self) -> int:
+        """Map elements in the kernel."""
+        return sum(d.elements for d in self._dataplanes.values())
+
+    @property
+    def frontends(self) -> tuple[Frontend, ...]:
+        """All frontends, as they are in the kernel."""
+        return tuple(self.table)
+
+    def sync(self, pending: Pending) -> None:
+        """Bring one change to the kernel.
+
+        Raises NetlinkError when the kernel refuses; the next sync then compares everything again.
+        """
+        snapshot = pending.snapshot
+        changes = self._update_table(snapshot, pending.services)
+        self._snapshot = snapshot
+        if not self._loaded or pending.nodes:
+            self._sync_node(snapshot)
+            self._loaded = self._loaded and self._families() <= self._dataplanes.keys()
+        if self._loaded:
+            try:
+                self._apply(changes, snapshot if pending.nodes else None)
+            except Exception:
+                self._loaded = False
+                raise
+        else:
+            self._load(snapshot)
+        self._report(snapshot)
+
+    def _update_table(self, snapshot: Snapshot, services: Iterable[ObjectName]) -> list[Change]:
+        changes: list[Change] = []
+        for name in services:
+            service = snapshot.services.get(name)
+            found = frontends(service, snapshot.slices.get(name, ()), self._config.node) if service else ()
+            changes += self.table.replace(name, found)
+        return changes
+
+    def _load(self, snapshot: Snapshot) -> None:
+        """Compare everything with the kernel and set what differs."""
+        ranges = masquerade.ranges(snapshot.nodes, self._config.node, self._config.no_masquerade)
+        for family in self._families() - self._dataplanes.keys():
+            self._dataplanes[family] = Dataplane(self._stack.enter_context(Nft(family, TABLE)))
+        for family, dataplane in self._dataplanes.items():
+            adopted = dataplane.load((f for f in self.table if f.key.family is family), ranges)
+            how = "adopted what the kernel had" if adopted else "made a new table"
+            log.info("%s service proxy: %s, %d elements", family.keyword, how, dataplane.elements)
+        self._loaded = True
+
+    def _families(self) -> set[Family]:
+        """Return the IP families that this node serves: IPv4, and what its podCIDRs have."""
+        return {Family.V4} | {Family(IPNetwork(c).version) for c in self.status.pod_cidrs}
+
+    def _apply(self, changes: list[Change], nodes_of: Snapshot | None) -> None:
+        ranges = None
+        if nodes_of:
+            ranges = masquerade.ranges(nodes_of.nodes, self._config.node, self._config.no_masquerade)
+        for family, dataplane in self._dataplanes.items():
+            own = [c for c in changes if _family(c) is family]
+            if own or ranges:
+                moved = dataplane.apply(own, ranges)
+                log.debug("%s service proxy: %d elements changed", family.keyword, moved)
+
+    def _sync_node(self, snapshot: Snapshot) -> None:
+        """Set what depends on nodes: routes, the bridge, and the settings that the CNI plugin works by."""
+        me = self._config.node
+        routes, problems = plan(snapshot.nodes, me, underlay.observe(self._rtnl))
+        changed = underlay.sync_routes(self._rtnl, (r.route for r in routes))
+        if changed:
+            log.info("routes: %d changed, %d in all", changed, len(routes))
+        node = snapshot.nodes.get(me)
+        cidrs = tuple(IPNetwork(c) for c in node.pod_cidrs) if node else ()
+        found = list(problems)
+        if not cidrs:
+            found.append(f"node {me} has no podCIDR yet: pods cannot be added")
+        else:
+            mtu = self._config.mtu or underlay.egress_mtu(self._rtnl)
+            self._ledger.save_settings(NodeSettings(self._config.mode, mtu, cidrs).to_mapping())
+            if self._config.mode is Mode.BRIDGE:
+                found += ensure_bridge(cidrs)
+        self._node_problems = tuple(found)
+        self.status.routes = routes
+        self.status.pod_cidrs = tuple(map(str, cidrs))
+        self.status.node_deleting = bool(node and node.deleting)
+
+    def _report(self, snapshot: Snapshot) -> None:
+        self.status.last_sync = self._clock()
+        self.status.services = len(snapshot.services)
+        problems = (*self._node_problems, *self.table.conflicts())
+        for problem in problems:
+            if problem not in self.status.problems:
+                log.warning("%s", problem)
+        self.status.problems = problems
+
+
+def _family(change: Change) -> Family:
+    some = change.new or change.old
+    assert some
+    return some.key.family

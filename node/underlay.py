@@ -1,0 +1,89 @@
+"""The node's own network: what routes and pods have to fit to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_interface
+from pathlib import Path
+
+from netlink.errors import NetlinkError
+from netlink.requests import ROUTE_PROTOCOL, Route, route_delete, route_replace
+from netlink.rtnl import Rtnl
+from node.routes import Underlay
+
+FORWARDING = (Path("/proc/sys/net/ipv4/ip_forward"), Path("/proc/sys/net/ipv6/conf/all/forwarding"))
+DEFAULT_MTU = 1500
+OWN_INTERFACES = ("pw", "podwire0", "lo")
+
+
+def forward_packets() -> list[str]:
+    """Let the kernel forward packets; return a sentence for each family where it cannot be set."""
+    problems = []
+    for path in FORWARDING:
+        if not path.exists() or path.read_text().strip() == "1":
+            continue
+        try:
+            path.write_text("1")
+        except OSError as error:
+            problems.append(f"{path} cannot be set to 1: {error.strerror}; pods will not reach other nodes")
+    return problems
+
+
+def observe(rtnl: Rtnl) -> Underlay:
+    """Return the subnets that this node is on, and its default gateways."""
+    names = {link.index: link.name for link in rtnl.links()}
+    subnets = tuple(
+        ip_interface(a.cidr).network
+        for a in rtnl.addresses()
+        if not names.get(a.index, "").startswith(OWN_INTERFACES)
+    )
+    gateways = {
+        6 if ":" in route.gateway else 4: route.gateway
+        for route in rtnl.routes()
+        if route.gateway and route.destination in ("0.0.0.0/0", "::/0")
+    }
+    return Underlay(subnets, gateways)
+
+
+def egress_mtu(rtnl: Rtnl) -> int:
+    """Return the MTU of the interface that leads out (bytes), or Ethernet's where there is none."""
+    default = next((r for r in rtnl.routes() if r.destination in ("0.0.0.0/0", "::/0")), None)
+    links = {link.index: link for link in rtnl.links()}
+    if default and default.oif in links:
+        return links[default.oif].mtu
+    physical = [k.mtu for k in links.values() if not k.name.startswith(OWN_INTERFACES)]
+    return min(physical, default=DEFAULT_MTU)
+
+
+def sync_routes(rtnl: Rtnl, wanted: Iterable[Route]) -> int:
+    """Make the kernel's routes with our protocol number exactly these; return how many were changed.
+
+    Pod routes, which lead to an interface and not to a gateway, are the CNI plugin's and stay.
+    """
+    there = {_key(r): r for r in rtnl.routes(ROUTE_PROTOCOL) if r.gateway or _unreachable(r)}
+    here = {_key(r): r for r in wanted}
+    gone = [r for k, r in there.items() if k not in here]
+    # A route to a destination is replaced in place; only what nothing replaces is removed.
+    kept = {r.destination for r in here.values()}
+    new = [r for k, r in here.items() if k not in there]
+    for route in gone:
+        if route.destination not in kept:
+            _forget(rtnl, route)
+    rtnl.commit(*(route_replace(r) for r in new))
+    return len(gone) + len(new)
+
+
+def _key(route: Route) -> tuple[str, str | None]:
+    return route.destination, route.gateway
+
+
+def _unreachable(route: Route) -> bool:
+    return route.oif is None or route.oif == 1  # IPv6 shows the loopback interface
+
+
+def _forget(rtnl: Rtnl, route: Route) -> None:
+    try:
+        rtnl.commit(route_delete(Route(route.destination, route.gateway)))
+    except NetlinkError as error:
+        if not error.gone:
+            raise

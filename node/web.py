@@ -1,0 +1,79 @@
+"""What a node tells over HTTP, with kube-proxy's paths, ports and meaning.
+
+`:10249/proxyMode`, `:10249/metrics`, `:10249/healthz` for the node itself; `:10256/healthz` and `/livez` for
+load balancers. Source: Kubernetes documentation, kube-proxy reference, and KEP-3836.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Page = Callable[[], tuple[int, str, bytes]]
+"""Returns status, content type and body."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    pages: Mapping[str, Page]
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        page = self.pages.get(self.path.split("?")[0])
+        status, kind, body = page() if page else (404, "text/plain", b"404 page not found\n")
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay silent: health checks come every second."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Stay silent when a client goes away in the middle of an answer."""
+
+
+def text(body: str, status: int = 200) -> tuple[int, str, bytes]:
+    """Return a plain page."""
+    return status, "text/plain; charset=utf-8", body.encode()
+
+
+def document(value: object, status: int = 200) -> tuple[int, str, bytes]:
+    """Return a JSON page."""
+    return status, "application/json", json.dumps(value).encode()
+
+
+@contextlib.contextmanager
+def serving(address: str, pages: Mapping[str, Page]) -> Iterator[None]:
+    """Serve pages on `host:port` in threads; an empty address serves nothing.
+
+    Raises OSError when the address cannot be had.
+    """
+    if not address:
+        yield
+        return
+    host, _, port = address.rpartition(":")
+    handler = type("Handler", (_Handler,), {"pages": pages})
+    try:
+        server = _Server((host.strip("[]"), int(port)), handler)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.2}, name="web", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

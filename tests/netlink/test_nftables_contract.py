@@ -1,0 +1,196 @@
+"""One contract for the kernel's nftables and the fake: the same operations, the same refusals."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from netlink import netns
+from netlink.errors import NetlinkError
+from netlink.family import Family
+from netlink.nftables.batch import (
+    AddChain,
+    AddElements,
+    AddMap,
+    AddRule,
+    AddTable,
+    BatchError,
+    DeleteChain,
+    DeleteElements,
+    DeleteTable,
+    Nft,
+    Nftables,
+)
+from netlink.nftables.expressions import Do, Meta, MetaKey, Verdict, VerdictLookup
+from netlink.nftables.fake import FakeNft
+from netlink.nftables.objects import Chain, Field, Goto, Map, Rule
+
+PORTS = Map("ports", (Field.L4PROTO, Field.DPORT), verdicts=True)
+TARGETS = Map("targets", (Field.L4PROTO, Field.DPORT, Field.INDEX), data=(Field.DESTINATION, Field.DPORT))
+RANGES = Map("ranges", (Field.SOURCE,), interval=True)
+SKELETON = (AddTable("a comment"), AddMap(PORTS), AddMap(TARGETS), AddMap(RANGES), AddChain(Chain("one")))
+
+HTTP, DNS = bytes((6, 0, 0, 0, 0, 80, 0, 0)), bytes((17, 0, 0, 0, 0, 53, 0, 0))
+FIRST, SECOND = HTTP + bytes(4), HTTP + bytes((1, 0, 0, 0))
+POD = bytes((10, 0, 0, 1, 31, 144, 0, 0))
+
+Use = Callable[[Callable[[Nftables], None]], None]
+
+
+@pytest.fixture(params=["fake", "kernel"])
+def use(request: pytest.FixtureRequest, namespaces: Callable[[], str]) -> Iterator[Use]:
+    """A function that runs a check against an empty table's place, in memory or in the kernel."""
+
+    def on_kernel(check: Callable[[Nftables], None]) -> None:
+        def inside() -> None:
+            with Nft(Family.V4, "contract") as nft:
+                check(nft)
+
+        netns.run(namespaces(), inside)
+
+    yield on_kernel if request.param == "kernel" else lambda check: check(FakeNft(Family.V4))
+
+
+def test_what_is_committed_is_read_back(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        assert nft.table_comment() is None
+        nft.commit(
+            [
+                *SKELETON,
+                AddElements(PORTS, [(HTTP, Goto("one")), (DNS, Goto(""))]),
+                AddElements(TARGETS, [(FIRST, POD)]),
+                AddElements(RANGES, [(bytes((10, 0, 0, 0, 0)), None), (bytes((10, 0, 1, 0, 1)), None)]),
+            ]
+        )
+        assert nft.table_comment() == "a comment"
+        assert nft.chains() == {"one"}
+        assert nft.elements(PORTS) == {HTTP: Goto("one"), DNS: Goto("")}
+        assert nft.elements(TARGETS) == {FIRST: POD}
+        assert set(nft.elements(RANGES)) == {bytes((10, 0, 0, 0, 0)), bytes((10, 0, 1, 0, 1))}
+        nft.commit([DeleteTable()])
+        assert nft.table_comment() is None
+
+    use(check)
+
+
+def test_an_element_can_be_replaced_in_one_batch(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        other = bytes((10, 0, 0, 2, 31, 144, 0, 0))
+        nft.commit([*SKELETON, AddElements(TARGETS, [(FIRST, POD)])])
+        nft.commit([DeleteElements(TARGETS, [(FIRST, POD)]), AddElements(TARGETS, [(FIRST, other)])])
+        assert nft.elements(TARGETS) == {FIRST: other}
+
+    use(check)
+
+
+def test_a_refused_batch_changes_nothing_and_names_the_element(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        nft.commit([*SKELETON, AddElements(TARGETS, [(FIRST, POD)])])
+        with pytest.raises(BatchError) as caught:
+            nft.commit(
+                [
+                    AddElements(PORTS, [(HTTP, Goto("one"))]),
+                    DeleteElements(TARGETS, [(FIRST, POD), (SECOND, POD)]),
+                ]
+            )
+        assert caught.value.errno == errno.ENOENT
+        assert caught.value.element == SECOND
+        assert "targets" in str(caught.value)
+        assert nft.elements(TARGETS) == {FIRST: POD}
+        assert nft.elements(PORTS) == {}
+        nft.commit([AddElements(TARGETS, [(SECOND, POD)])])
+
+    use(check)
+
+
+def test_a_key_is_added_once(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        nft.commit([*SKELETON, AddElements(TARGETS, [(FIRST, POD)])])
+        with pytest.raises(BatchError) as caught:
+            nft.commit([AddElements(TARGETS, [(SECOND, POD), (FIRST, POD)])])
+        assert (caught.value.errno, caught.value.element) == (errno.EEXIST, FIRST)
+
+    use(check)
+
+
+def test_a_verdict_to_a_missing_chain_is_refused(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        nft.commit(SKELETON)
+        with pytest.raises(BatchError) as caught:
+            nft.commit([AddElements(PORTS, [(HTTP, Goto("nowhere"))])])
+        assert (caught.value.errno, caught.value.element) == (errno.ENOENT, HTTP)
+
+    use(check)
+
+
+def test_a_chain_in_use_stays(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        nft.commit([*SKELETON, AddElements(PORTS, [(HTTP, Goto("one"))])])
+        with pytest.raises(BatchError) as caught:
+            nft.commit([DeleteChain("one")])
+        assert caught.value.errno == errno.EBUSY
+        nft.commit([DeleteElements(PORTS, [(HTTP, Goto("one"))]), DeleteChain("one")])
+        assert nft.chains() == set()
+
+    use(check)
+
+
+def test_a_rule_that_names_what_is_missing_is_refused(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        nft.commit(SKELETON)
+        lookup = Rule("one", (Meta(MetaKey.L4PROTO), VerdictLookup("nothing")), "a lookup")
+        away = Rule("one", (Do(Verdict.GOTO, "nowhere"),), "a goto")
+        elsewhere = Rule("nowhere", (Do(Verdict.DROP),), "a drop")
+        for rule in (lookup, away, elsewhere):
+            with pytest.raises(BatchError) as caught:
+                nft.commit([AddRule(rule)])
+            assert caught.value.errno == errno.ENOENT
+
+    use(check)
+
+
+def test_the_table_exists_once(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        nft.commit(SKELETON)
+        with pytest.raises(BatchError) as caught:
+            nft.commit([AddTable("again")])
+        assert caught.value.errno == errno.EEXIST
+
+    use(check)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_nft_prints_the_real_ruleset_and_loads_what_it_printed(
+    family: Family, namespaces: Callable[[], str]
+) -> None:
+    from proxy.frontends import Masquerade
+    from proxy.nftables import ruleset
+
+    def listed(*arguments: str, stdin: str = "") -> str:
+        done = subprocess.run(["nft", *arguments], input=stdin, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def inside() -> None:
+        shapes = [(kind, 3, masquerade) for kind in ruleset.KINDS for masquerade in Masquerade]
+        chains = [op for shape in shapes for op in ruleset.balance_rules(family, *shape)]
+        with ExitStack() as stack:
+            nft = stack.enter_context(Nft(family, ruleset.TABLE))
+            nft.commit([*ruleset.base(family), *chains])
+        printed = listed("list", "ruleset")
+        assert "masquerade fully-random" in printed
+        listed("flush", "ruleset")
+        listed("-f", "-", stdin=printed)
+        assert listed("list", "ruleset") == printed
+
+    netns.run(namespaces(), inside)
+
+
+def test_an_error_is_one_sentence_with_the_errno() -> None:
+    error = NetlinkError(errno.EEXIST, "cannot add chain x")
+    assert str(error) == "cannot add chain x: File exists"
+    assert error.exists
+    assert not error.gone

@@ -1,0 +1,151 @@
+"""Any sequence of changes ends in the same kernel state as a fresh load of the last state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from netlink import netns
+from netlink.family import Family
+from netlink.nftables.batch import DeleteTable, Nft, Nftables
+from netlink.nftables.fake import FakeNft
+from node.store import Store
+from proxy.frontends import frontends
+from proxy.model import (
+    Endpoint,
+    EndpointPort,
+    EndpointSlice,
+    ObjectName,
+    Protocol,
+    Service,
+    ServicePort,
+    TrafficPolicy,
+)
+from proxy.nftables.dataplane import Dataplane, NodeRanges
+from proxy.nftables.ruleset import KINDS, SETS, TABLE
+from proxy.table import Change, FrontendTable
+
+NAMES = [ObjectName("ns", n) for n in ("a", "b", "c")]
+POLICIES = st.sampled_from(TrafficPolicy)
+CIDRS = ("10.0.0.0/24", "10.0.1.0/24", "10.0.2.0/23", "10.9.0.0/16", "0.0.0.0/0", "255.255.255.0/24")
+
+# Few addresses and ports, so that services collide often.
+ports = st.builds(
+    ServicePort,
+    name=st.sampled_from(["x", "y"]),
+    protocol=st.sampled_from([Protocol.TCP, Protocol.UDP]),
+    port=st.sampled_from([80, 81]),
+    node_port=st.sampled_from([0, 30000, 30001]),
+)
+services = st.builds(
+    lambda ip, ports, internal, external: ((ip,), tuple(ports), internal, external),
+    st.sampled_from(["10.96.0.1", "10.96.0.2", "10.96.0.3"]),
+    st.lists(ports, max_size=3, unique_by=lambda p: p.name),
+    POLICIES,
+    POLICIES,
+)
+endpoint = st.builds(
+    Endpoint,
+    address=st.sampled_from([f"10.0.0.{i}" for i in range(1, 9)]),
+    node=st.sampled_from(["me", "other"]),
+    ready=st.booleans(),
+    serving=st.booleans(),
+    terminating=st.booleans(),
+)
+slices = st.lists(endpoint, max_size=6)
+node_ranges = st.builds(
+    NodeRanges, *(st.lists(st.sampled_from(CIDRS), max_size=4).map(tuple) for _ in range(3))
+)
+change = st.one_of(
+    st.tuples(st.just("service"), st.sampled_from(NAMES), st.none() | services),
+    st.tuples(st.just("slice"), st.sampled_from(NAMES), st.none() | slices),
+    st.tuples(st.just("ranges"), st.just(NAMES[0]), node_ranges),
+)
+
+
+def objects_after(objects: dict[tuple[str, str], object], step: tuple[str, ObjectName, object]) -> None:
+    """Apply a drawn change to the objects a source would deliver."""
+    kind, name, value = step
+    key = (kind, str(name))
+    if value is None:
+        objects.pop(key, None)
+    elif kind == "service":
+        assert isinstance(value, tuple)
+        objects[key] = Service(name, *value)
+    else:
+        assert isinstance(value, list)
+        wanted = tuple(EndpointPort(n, p, 8080) for n in "xy" for p in (Protocol.TCP, Protocol.UDP))
+        objects[key] = EndpointSlice(name, name, Family.V4, wanted, tuple(value))
+
+
+def contents(nft: Nftables) -> object:
+    """Everything in a table, made comparable."""
+    maps = (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints)))
+    return nft.table_comment(), nft.chains(), {m.name: nft.elements(m) for m in maps}
+
+
+Batches = list[list[tuple[str, ObjectName, object]]]
+batches_of_changes = st.lists(st.lists(change, min_size=1, max_size=4), min_size=1, max_size=8)
+
+
+@settings(max_examples=120, deadline=None)
+@given(batches_of_changes, st.integers(0, 8))
+def test_in_memory(batches: Batches, restart: int) -> None:
+    steps_and_fresh_load_agree(FakeNft(Family.V4), batches, restart)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches_of_changes, st.integers(0, 8))
+def test_in_the_kernel(namespace: str, batches: Batches, restart: int) -> None:
+    def inside() -> None:
+        with Nft(Family.V4, TABLE) as nft:
+            steps_and_fresh_load_agree(nft, batches, restart)
+            nft.commit([DeleteTable()])
+
+    netns.run(namespace, inside)
+
+
+@pytest.fixture
+def namespace(namespaces: Callable[[], str]) -> str:
+    return namespaces()
+
+
+def steps_and_fresh_load_agree(kernel: Nftables, batches: Batches, restart: int) -> None:
+    """Apply batch after batch, adopting once as a restarted daemon does; compare with a fresh load."""
+    objects: dict[tuple[str, str], object] = {}
+    ranges = NodeRanges()
+    store, table = Store(), FrontendTable()
+    dataplane = Dataplane(kernel)
+    dataplane.load((), ranges)
+    for number, batch in enumerate(batches):
+        for step in batch:
+            if isinstance(step[2], NodeRanges):
+                ranges = step[2]
+            else:
+                objects_after(objects, step)
+        dataplane.apply(deliver(store, table, objects), ranges)
+        if number == restart:
+            dataplane = Dataplane(kernel)
+            assert dataplane.load(table, ranges)
+
+    fresh, fresh_table = FakeNft(Family.V4), FrontendTable()
+    deliver(Store(), fresh_table, objects)
+    fresh_plane = Dataplane(fresh)
+    fresh_plane.load(fresh_table, ranges)
+    assert contents(kernel) == contents(fresh)
+    assert dataplane.elements == fresh_plane.elements
+
+
+def deliver(store: Store, table: FrontendTable, objects: dict[tuple[str, str], object]) -> list[Change]:
+    """Hand objects to the store as a source does, and what comes of them to the table as the syncer does."""
+    store.replace(dict(objects))  # type: ignore[arg-type]
+    pending = store.take(0)
+    changes: list[Change] = []
+    for name in pending.services if pending else ():
+        service = pending.snapshot.services.get(name)
+        found = frontends(service, pending.snapshot.slices.get(name, ()), "me") if service else ()
+        changes += table.replace(name, found)
+    return changes
