@@ -92,7 +92,7 @@ def _daemon(args: argparse.Namespace) -> Iterator[rpc.InspectStub]:
     """Connect to the daemon; a failed call becomes one sentence."""
     with grpc.insecure_channel(f"unix:{args.socket}") as channel:
         try:
-            yield rpc.InspectStub(channel)
+            yield rpc.InspectStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
             raise CommandError(f"no daemon answers on {args.socket}: {error.details()}") from None
 

@@ -1,8 +1,13 @@
 """A cluster of network namespaces on one machine, with a real daemon per node.
 
-- `topology` is the plan: nodes, router, internet host, client, and every address (pure).
-- `network` builds it and takes it down; all of it lives inside namespaces.
+- `topology` is the plan: nodes, router, neighbour, internet host, client, and every address (pure).
+- `network` builds it, starts the daemons, and takes all down; all of it lives inside namespaces.
+- `state` is what a lab keeps on disk, `process` what it started: both are gone with it.
 - `runtime` plays the container runtime: makes a pod's namespace, executes the CNI plugin, runs processes.
+- `controller` plays the control plane: runs the pods of a file and publishes them as endpoints.
 - `echo` is the server in every pod: it answers with its name and the address it saw.
-- `demo` runs the scenarios on real traffic and prints one table of verdicts.
+- `cases` are the scenarios as data, and the judgement (pure); `probe` and `capture` observe real traffic.
+- `demo` deploys the sample, runs the cases and prints one table of verdicts.
+
+    plan ──network──▶ Lab ──controller, runtime──▶ World ──cases, probe──▶ [Row] ──▶ table
 """

@@ -16,10 +16,19 @@ from netlink.nftables.batch import (
     Operation,
 )
 from netlink.nftables.objects import Elements, Map
-from proxy.frontends import Action, Frontend, Masquerade
+from proxy.frontends import Action, Frontend
 from proxy.nftables import ruleset
 from proxy.nftables.elements import Pairs, delta, hairpin, intervals, kind_of
-from proxy.nftables.ruleset import HAIRPIN, KINDS, LOCAL_POD_CIDRS, NO_MASQUERADE, POD_CIDRS, SETS, Kind
+from proxy.nftables.ruleset import (
+    COMMON_SHAPES,
+    HAIRPIN,
+    KINDS,
+    LOCAL_POD_CIDRS,
+    NO_MASQUERADE,
+    POD_CIDRS,
+    SETS,
+    Shape,
+)
 from proxy.table import Change
 
 
@@ -30,10 +39,6 @@ class NodeRanges:
     pod_cidrs: tuple[str, ...] = ()
     local_pod_cidrs: tuple[str, ...] = ()
     no_masquerade: tuple[str, ...] = ()
-
-
-Shape = tuple[Kind, int, Masquerade]
-"""What a balancing chain depends on: its maps, the number of endpoints, who is masqueraded."""
 
 
 @dataclass(slots=True)
@@ -56,7 +61,7 @@ class _Edit:
 class Dataplane:
     """The nftables service proxy of one IP family.
 
-    Holds no copy of the elements, only counts: which balancing chains and hairpin pairs are in use.
+    Holds no copy of the elements, only counts: which uncommon balancing chains and hairpin pairs are in use.
     After a failed `apply` the counts may be wrong: call `load` before anything else.
     """
 
@@ -142,7 +147,9 @@ class Dataplane:
         edit.take(kind.endpoints, found.old_endpoints, found.new_endpoints)
         for frontend, count in ((old, -1), (new, 1)):
             if frontend and frontend.action is Action.BALANCE:
-                edit.shapes[kind, len(frontend.endpoints), frontend.masquerade] += count
+                shape = (kind, len(frontend.endpoints), frontend.masquerade)
+                if shape not in COMMON_SHAPES:
+                    edit.shapes[shape] += count
                 for endpoint in frontend.endpoints:
                     if endpoint.local:
                         edit.hairpins[endpoint.address] += count

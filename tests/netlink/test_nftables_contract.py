@@ -175,7 +175,7 @@ def test_nft_prints_the_real_ruleset_and_loads_what_it_printed(
         return done.stdout
 
     def inside() -> None:
-        shapes = [(kind, 3, masquerade) for kind in ruleset.KINDS for masquerade in Masquerade]
+        shapes = [(kind, 20, masquerade) for kind in ruleset.KINDS for masquerade in Masquerade]
         chains = [op for shape in shapes for op in ruleset.balance_rules(family, *shape)]
         with ExitStack() as stack:
             nft = stack.enter_context(Nft(family, ruleset.TABLE))

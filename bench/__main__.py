@@ -1,0 +1,26 @@
+"""Run the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import cni, proxy
+
+
+def main() -> None:
+    """Run the one that is named, or all."""
+    parser = argparse.ArgumentParser(
+        prog="make bench", description="Measure podwire beside its alternatives."
+    )
+    commands = parser.add_subparsers(metavar="WHAT")
+    for part in (proxy, cni):
+        part.add_parser(commands)
+    args = parser.parse_args()
+    for chosen in (
+        [args] if hasattr(args, "run") else [parser.parse_args([name]) for name in ("proxy", "cni")]
+    ):
+        chosen.run(chosen)
+
+
+if __name__ == "__main__":
+    main()

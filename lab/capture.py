@@ -1,0 +1,86 @@
+"""The packets of a connection, hop by hop: sockets in several namespaces, read in the kernel's time order."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from netlink import netns
+
+# linux/if_ether.h; asm-generic/socket.h (the old name: struct timespec of longs)
+ETH_P_ALL, ETH_P_IP = 0x0003, 0x0800
+SO_TIMESTAMPNS = 35
+TCP, SYN = 6, 0x02
+BUFFER = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """A TCP SYN or SYN-ACK as one place saw it."""
+
+    place: str
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+    def __str__(self) -> str:
+        ends = f"{self.source}:{self.source_port} → {self.destination}:{self.destination_port}"
+        return f"{self.place:<10} {ends}"
+
+
+@contextmanager
+def watch(namespaces: Mapping[str, str], ignore: Container[str] = ()) -> Iterator[list[Hop]]:
+    """Watch these places (name to namespace) during a block; the list is filled when the block ends.
+
+    `ignore` names interfaces whose packets do not count, such as the ports of a bridge.
+
+    Only openings of connections (SYN) and their answers are kept. A packet that a place sees several
+    times unchanged, on one interface after the other, counts once.
+    """
+    hops: list[Hop] = []
+    with ExitStack() as sockets:
+        opened = {
+            place: sockets.enter_context(netns.run(namespace, _packets))
+            for place, namespace in namespaces.items()
+        }
+        yield hops
+        seen = [found for place, packets in opened.items() for found in _read(place, packets, ignore)]
+    for _, hop in sorted(seen, key=lambda found: found[0]):
+        previous = next((earlier for earlier in reversed(hops) if earlier.place == hop.place), None)
+        if hop != previous:
+            hops.append(hop)
+
+
+def _packets() -> socket.socket:
+    packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+    packets.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    packets.setblocking(False)
+    return packets
+
+
+def _read(
+    place: str, packets: socket.socket, ignore: Container[str]
+) -> Iterator[tuple[tuple[int, int], Hop]]:
+    """Yield what the socket has queued, with the kernel's time of each."""
+    while True:
+        try:
+            data, ancillary, _, address = packets.recvmsg(BUFFER, 64)
+        except BlockingIOError:
+            return
+        hop = _parse(place, data) if address[1] == ETH_P_IP and address[0] not in ignore else None
+        if hop is not None:
+            seconds, nanoseconds = struct.unpack("@ll", ancillary[0][2])
+            yield (seconds, nanoseconds), hop
+
+
+def _parse(place: str, data: bytes) -> Hop | None:
+    """Return the hop of an IPv4 TCP packet with SYN set, else None (RFC 791 and 9293)."""
+    header = (data[0] & 0x0F) * 4 if data else 0
+    if len(data) < max(header, 20) + 14 or data[9] != TCP or not data[header + 13] & SYN:
+        return None
+    ports = struct.unpack_from("!HH", data, header)
+    return Hop(place, socket.inet_ntoa(data[12:16]), ports[0], socket.inet_ntoa(data[16:20]), ports[1])

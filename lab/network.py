@@ -1,0 +1,213 @@
+"""Build a lab's namespaces, cables and routes, start its daemons; and take all of it down again.
+
+Everything, the router's bridges included, lives inside namespaces whose names begin with `pw-<lab>-`:
+the machine's own namespace is never changed, and labs of different names cannot meet.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from cni import install
+from lab import process, state
+from lab.probe import wait_status
+from lab.state import Lab
+from lab.topology import SERVICE_CIDR, Host, LabError, Node, Topology, namespace_prefix
+from netlink import netns
+from netlink.requests import Route, Veth, address_add, bridge_add, link_set, link_up, route_replace, veth_add
+from netlink.rtnl import Rtnl
+
+MTU = 1500
+READY_SECONDS = 20.0
+HEALTH_PORT = 10256
+ANYWHERE = "0.0.0.0/0"
+
+# linux/rtnetlink.h RTPROT_STATIC: what an administrator sets. Routes under podwire's own number
+# would be removed by the daemon as its own leftovers.
+STATIC = 4
+
+
+def build(plan: Topology) -> None:
+    """Make the namespaces and their network. Raises LabError when a name is taken; leaves what it made."""
+    for namespace in (plan.router, *(host.namespace for host in plan.hosts)):
+        try:
+            netns.create(namespace)
+        except FileExistsError:
+            raise LabError(
+                f"namespace {namespace} exists already; `podwire lab down --name {plan.name}` removes it"
+            ) from None
+    with ExitStack() as files:
+        handles = {host.name: files.enter_context(netns.opened(host.namespace)) for host in plan.hosts}
+        netns.run(plan.router, _build_router, plan, handles)
+    for host in plan.hosts:
+        netns.run(host.namespace, _build_host, host)
+    to_pods = [(node.pod_cidr, node.address) for node in plan.nodes]
+    netns.run(plan.router, _set_routes, to_pods)
+    netns.run(plan.host("neighbour").namespace, _set_routes, [(SERVICE_CIDR, plan.nodes[0].address)])
+
+
+def remove(name: str, root: Path = state.ROOT) -> bool:
+    """Take down what is left of a lab, whole or half-made; return whether there was anything.
+
+    Ends the processes that the lab started, then removes the namespaces and with them every interface,
+    route and rule, then the directory.
+    """
+    directory = state.directory(name, root)
+    namespaces = [path.name for path in netns.DIRECTORY.glob(f"{namespace_prefix(name)}*")]
+    found = bool(namespaces) or directory.exists()
+    process.stop(directory.rglob("*.pid"))
+    for namespace in namespaces:
+        netns.delete(namespace)
+    shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):  # not empty: another lab is up, or a daemon of this machine's own runs
+        root.rmdir()
+        if root == state.ROOT:
+            root.parent.rmdir()
+    return found
+
+
+def up(plan: Topology, root: Path = state.ROOT) -> Lab:
+    """Make a lab: network, Node objects and a ready daemon per node. What fails is taken down again.
+
+    Raises LabError when a lab of this name exists, and when a daemon does not get ready (with the last
+    lines of its log).
+    """
+    lab = Lab(plan, state.directory(plan.name, root))
+    try:
+        lab.root.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        raise LabError(
+            f"lab {plan.name!r} exists already; `podwire lab down --name {plan.name}` removes it"
+        ) from None
+    with ExitStack() as undo:
+        undo.callback(remove, plan.name, root)
+        build(plan)
+        lab.manifests.mkdir()
+        for node in plan.nodes:
+            state.write_manifest(lab, node_object(node))
+        start_daemons(lab)
+        state.save(lab)
+        undo.pop_all()
+    return lab
+
+
+def start_daemons(lab: Lab) -> None:
+    """Install the plugin on every node and start its daemon; return when all are ready."""
+    for node in lab.plan.nodes:
+        _install(lab, node)
+        process.start(
+            node.namespace, daemon_command(lab, node), _pid_file(lab, node.name), lab.log(node.name)
+        )
+    deadline = time.monotonic() + READY_SECONDS
+    with ThreadPoolExecutor(max_workers=len(lab.plan.nodes)) as pool:
+        ready = list(pool.map(lambda node: _wait_ready(lab, node, deadline), lab.plan.nodes))
+    for node, is_ready in zip(lab.plan.nodes, ready, strict=True):
+        if not is_ready:
+            raise LabError(f"the daemon of {node.name} did not get ready; its log ends:\n{_tail(lab, node)}")
+
+
+def daemon_command(lab: Lab, node: Node) -> list[str]:
+    """Return the command line of a node's daemon."""
+    options = {
+        "--source": lab.manifests,
+        "--node-name": node.name,
+        "--state-dir": lab.node_dir(node.name) / "state",
+        "--socket": lab.socket(node.name),
+        "--mode": lab.plan.mode.value,
+    }
+    words = [str(word) for option in options.items() for word in option]
+    return [sys.executable, "-m", "cli.main", "daemon", *words]
+
+
+def daemon(lab: Lab, node: str) -> process.Process | None:
+    """Return the node's daemon if it runs."""
+    found = process.read(_pid_file(lab, node))
+    return found if found is not None and found.alive else None
+
+
+def node_object(node: Node) -> state.Json:
+    """Return the Kubernetes Node object of a lab's node."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": node.name, "labels": {"kubernetes.io/hostname": node.name}},
+        "spec": {"podCIDR": node.pod_cidr, "podCIDRs": [node.pod_cidr]},
+        "status": {
+            "addresses": [
+                {"type": "InternalIP", "address": node.address},
+                {"type": "Hostname", "address": node.name},
+            ],
+            "conditions": [{"type": "Ready", "status": "True"}],
+        },
+    }
+
+
+def _pid_file(lab: Lab, node: str) -> Path:
+    return lab.node_dir(node) / "daemon.pid"
+
+
+def _wait_ready(lab: Lab, node: Node, deadline: float) -> bool:
+    """Wait for /healthz; give up at once when the daemon has ended."""
+    while time.monotonic() < deadline and daemon(lab, node.name) is not None:
+        step = min(deadline, time.monotonic() + 0.5)
+        if wait_status(node.namespace, HEALTH_PORT, "/healthz", step):
+            return True
+    return False
+
+
+def _tail(lab: Lab, node: Node, lines: int = 8) -> str:
+    text = lab.log(node.name).read_text(errors="replace") if lab.log(node.name).exists() else ""
+    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:]) or "    (empty)"
+
+
+def _install(lab: Lab, node: Node) -> None:
+    """Put the plugin and its conflist where this node's runtime looks."""
+    directory = lab.node_dir(node.name)
+    install.install_binary(
+        directory / "cni/bin", socket=str(lab.socket(node.name)), state_dir=str(directory / "state")
+    )
+    install.install_conflist(directory / "cni/net.d")
+
+
+def _build_router(plan: Topology, handles: dict[str, int]) -> None:
+    """Inside the router: its bridges, a cable to every host, its addresses, and forwarding."""
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    with Rtnl() as rtnl:
+        rtnl.commit(link_up(_index(rtnl, "lo")))
+        rtnl.commit(*(bridge_add(port.name) for port in plan.router_ports if port.bridge))
+        rtnl.commit(
+            *(veth_add(Veth(h.name, "eth0", peer_netns=handles[h.name], mtu=MTU)) for h in plan.hosts)
+        )
+        index = {link.name: link.index for link in rtnl.links()}
+        rtnl.commit(
+            *(link_set(index[h.name], master=index[h.segment]) for h in plan.hosts if h.segment),
+            *(address_add(index[port.name], port.address) for port in plan.router_ports),
+        )
+
+
+def _build_host(host: Host) -> None:
+    """Inside a host: loopback, eth0 with its address, and the router as the way to everywhere."""
+    with Rtnl() as rtnl:
+        eth0 = _index(rtnl, "eth0")
+        rtnl.commit(link_up(_index(rtnl, "lo")), link_up(eth0), address_add(eth0, host.interface))
+        if isinstance(host, Node):
+            rtnl.commit(address_add(eth0, f"{host.second}/24"))
+    _set_routes([(ANYWHERE, host.gateway)])
+
+
+def _set_routes(routes: list[tuple[str, str]]) -> None:
+    """Set static routes, each a destination and its gateway, in the namespace of this thread."""
+    with Rtnl() as rtnl:
+        rtnl.commit(*(route_replace(Route(to, gateway=via, protocol=STATIC)) for to, via in routes))
+
+
+def _index(rtnl: Rtnl, name: str) -> int:
+    link = rtnl.link(name)
+    if link is None:
+        raise LabError(f"interface {name} is missing")
+    return link.index

@@ -1,0 +1,131 @@
+"""Requests from inside a namespace, without any external program: what did the server see?"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from netlink import netns
+
+TIMEOUT_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an echo server said: who it is and which client address it saw."""
+
+    server: str
+    seen: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why there was no answer: `timed out`, `refused`, or the system's words."""
+
+    reason: str
+
+
+Result = Answer | Failure
+
+
+def fetch(namespace: str, address: str, port: int, count: int = 1) -> list[Result]:
+    """Make `count` HTTP requests from inside a namespace, each on a connection of its own.
+
+    Stops at the first that fails: a hundred time-outs in a row tell nothing more.
+    """
+
+    def work() -> list[Result]:
+        results: list[Result] = []
+        while len(results) < count and not (results and isinstance(results[-1], Failure)):
+            results.append(_get(address, port))
+        return results
+
+    return netns.run(namespace, work)
+
+
+def datagram(namespace: str, address: str, port: int) -> Result:
+    """Send one UDP datagram from inside a namespace and return the answer to it."""
+    return netns.run(namespace, _ask, address, port)
+
+
+def wait_status(namespace: str, port: int, path: str, deadline: float) -> bool:
+    """Wait until `http://127.0.0.1:port/path` answers 200 inside a namespace; False past the deadline."""
+
+    def wait() -> bool:
+        while time.monotonic() < deadline:
+            if _status(port, path) == 200:
+                return True
+            time.sleep(0.02)
+        return False
+
+    return netns.run(namespace, wait)
+
+
+def unrouted(namespace: str) -> int:
+    """Return how many packets a router has dropped because it had no route for them (IpExt InNoRoutes)."""
+
+    def count() -> int:
+        rows = [line.split() for line in Path("/proc/thread-self/net/netstat").read_text().splitlines()]
+        names, values = (row for row in rows if row[0] == "IpExt:")
+        return int(values[names.index("InNoRoutes")])
+
+    return netns.run(namespace, count)
+
+
+def _get(address: str, port: int) -> Result:
+    try:
+        with socket.create_connection((address, port), TIMEOUT_SECONDS) as connection:
+            body = _exchange(connection, address, "/")[1]
+        return _answer(body)
+    except OSError as error:
+        return _failure(error)
+
+
+def _ask(address: str, port: int) -> Result:
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(TIMEOUT_SECONDS)
+            client.connect((address, port))
+            client.send(b"?")
+            return _answer(client.recv(4096))
+    except OSError as error:
+        return _failure(error)
+
+
+def _status(port: int, path: str) -> int:
+    try:
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT_SECONDS) as connection:
+            head = _exchange(connection, "127.0.0.1", path)[0].split(b" ")
+        return int(head[1]) if len(head) > 1 and head[1].isdigit() else 0
+    except OSError:
+        return 0
+
+
+def _exchange(connection: socket.socket, host: str, path: str) -> tuple[bytes, bytes]:
+    """Send one GET and return the head and the body, read until the server closes."""
+    connection.settimeout(TIMEOUT_SECONDS)
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    received = b""
+    while chunk := connection.recv(65536):
+        received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    return head, body
+
+
+def _answer(body: bytes) -> Result:
+    try:
+        fields = json.loads(body)
+        return Answer(fields["name"], fields["client_address"])
+    except (ValueError, KeyError, TypeError):
+        return Failure("answered by something that is no echo server")
+
+
+def _failure(error: OSError) -> Failure:
+    if isinstance(error, TimeoutError):
+        return Failure("timed out")
+    if isinstance(error, ConnectionRefusedError):
+        return Failure("refused")
+    return Failure(error.strerror or str(error))

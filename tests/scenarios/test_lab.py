@@ -1,0 +1,60 @@
+"""The lab as a user meets it, by its commands and with real daemons."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from lab import network, state
+from netlink import netns
+
+NAMES = ("upone", "uptwo")
+
+
+def podwire(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli.main", "lab", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    yield
+    for name in NAMES:
+        network.remove(name)
+
+
+def processes_of(name: str) -> str:
+    found = subprocess.run(
+        ["pgrep", "-f", f"{state.ROOT}/{name}/"], capture_output=True, text=True, check=False
+    )
+    return found.stdout
+
+
+def test_two_labs_with_pods_come_up_side_by_side_and_leave_nothing() -> None:
+    for name in NAMES:
+        up = podwire("up", "--name", name, "--nodes", "1")
+        assert up.returncode == 0, up.stderr
+        run = podwire("pod", "run", "--name", name, "--serve", "80", "web")
+        assert run.returncode == 0, run.stderr
+        assert podwire("pod", "check", "--name", name, "web").returncode == 0
+    status = json.loads(podwire("status", "--name", NAMES[0], "-o", "json").stdout)
+    assert [pod["pod"] for pod in status["pods"]] == ["web"]
+    assert podwire("exec", "--name", NAMES[0], "web", "--", "sh", "-c", "exit 7").returncode == 7
+    again = podwire("up", "--name", NAMES[0])
+    assert (again.returncode, "exists already" in again.stderr) == (1, True)
+    for name in NAMES:
+        assert podwire("pod", "rm", "--name", name, "web").returncode == 0
+        assert podwire("down", "--name", name).returncode == 0
+        assert not (state.ROOT / name).exists()
+        assert list(netns.DIRECTORY.glob(f"pw-{name}-*")) == []
+        assert processes_of(name) == ""
+
+
+def test_a_lab_that_is_not_there_is_said_in_one_sentence() -> None:
+    for verb in (["down"], ["status"], ["exec", "node1", "--", "true"]):
+        done = podwire(verb[0], "--name", NAMES[0], *verb[1:])
+        assert done.returncode == 1
+        assert "no lab named 'upone'" in done.stderr
+        assert done.stderr.count("\n") == 1
