@@ -61,7 +61,8 @@ def _lines(layout: Sequence[Pair]) -> Iterator[str]:
         yield from _endpoint_chains(service.name.name, found)
         yield f"chain service-{service.name.name} {{ {_choice(service.name.name, found)}\n}}"
     elements = ", ".join(f"{s.cluster_ips[0]} . tcp . 80 : goto service-{s.name.name}" for s, _ in layout)
-    yield f"map services {{ type ipv4_addr . inet_proto . inet_service : verdict; elements = {{ {elements} }}\n}}"
+    yield "map services { type ipv4_addr . inet_proto . inet_service : verdict"
+    yield f"elements = {{ {elements} }}\n}}"
     for hook in ("prerouting", "output"):
         yield f"chain {hook} {{ type nat hook {hook} priority -100;"
         yield "ip daddr . meta l4proto . th dport vmap @services\n}"

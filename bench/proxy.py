@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _rows(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for what, samples in ours.items():
         other = theirs.get(what)
         rows.append(
