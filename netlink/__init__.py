@@ -1,8 +1,9 @@
 """What podwire says to the kernel, and the only place that speaks netlink.
 
 - `Family` is IPv4 or IPv6 as a value.
-- `Rtnl` is a route netlink socket in one network namespace: typed verbs for links, addresses, routes
-  and neighbours. Its messages are pyroute2's classes; several go out in one write.
+- `requests` are the verbs (`veth_add`, `route_replace`, …): each encodes one change of links, addresses,
+  routes or neighbours. `Rtnl`, a socket in one network namespace, commits several in one write.
+- `decode` turns the kernel's answers into values, with pyroute2's message formats.
 - `netns` runs a function inside another network namespace, in a thread of its own.
 - `nftables/` holds expressions and rules as values, the element encoder and the atomic `Batch`; `fake`
   is a kernel in memory that refuses what the kernel refuses and can walk a packet through the rules.

@@ -1,24 +1,21 @@
 """Requests to change links, addresses, routes and neighbours, as values.
 
-Each function is a verb; it builds one message with pyroute2's classes and does nothing. `Rtnl.commit`
-sends any number of them in one write. Source of all numbers: linux/rtnetlink.h, if_link.h, neighbour.h.
+Each function is a verb; it encodes one message and does nothing. `Rtnl.commit` sends any number of them in
+one write. Every ADD needs about ten, so they are packed here: pyroute2's classes take 0.1 to 0.2 ms each.
+Source of all numbers: linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h, veth.h.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
-from ipaddress import ip_interface, ip_network
-from typing import Any
+from ipaddress import ip_address, ip_interface, ip_network
 
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.ndmsg import ndmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
-
+from netlink.attributes import attribute, nested, text
 from netlink.family import Family
 
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_GETADDR = 20, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
@@ -31,18 +28,30 @@ RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTNH_F_ONLINK = 4
 
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_NET_NS_FD = 1, 3, 4, 10, 18, 28
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
+VETH_INFO_PEER, IFLA_BRPORT_MODE = 1, 4
+IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
+RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
+NDA_DST, NDA_LLADDR = 1, 2
+
+_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+_ADDRESS = struct.Struct("=BBBBi")  # struct ifaddrmsg: family, prefix length, flags, scope, index
+_ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family to type as below, flags
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, flags, type
+
 ROUTE_PROTOCOL = 112
 """The number our routes carry (`ip route show proto 112`), so that a diff never sees anybody else's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One change: the message, and the sentence fragment that an error names it by."""
+    """One change: message type, flags and body, and the sentence fragment that an error names it by."""
 
     what: str
     kind: int
     flags: int
-    message: Any
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,56 +85,38 @@ class Route:
         return self.gateway is None and self.oif is None
 
 
-def _message(cls: Any, fields: dict[str, Any], attrs: list[tuple[str, Any]]) -> Any:
-    message = cls()
-    for name, value in fields.items():
-        message[name] = value
-    message["attrs"] = [(name, value) for name, value in attrs if value is not None]
-    return message
-
-
 def veth_add(veth: Veth) -> Request:
     """Make a veth pair, this end up, with MAC addresses set at creation (systemd rewrites later ones)."""
-    peer: list[tuple[str, Any]] = [
-        ("IFLA_IFNAME", veth.peer),
-        ("IFLA_ADDRESS", veth.peer_mac),
-        ("IFLA_MTU", veth.mtu),
-        ("IFLA_NET_NS_FD", veth.peer_netns),
-    ]
-    data = {"attrs": [("VETH_INFO_PEER", {"attrs": [(k, v) for k, v in peer if v is not None]})]}
-    info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", data)]}
-    attrs = [
-        ("IFLA_IFNAME", veth.name),
-        ("IFLA_ADDRESS", veth.mac),
-        ("IFLA_MTU", veth.mtu),
-        ("IFLA_LINKINFO", info),
-    ]
-    message = _message(ifinfmsg, {"flags": IFF_UP, "change": IFF_UP}, attrs)
+    peer = _link(name=veth.peer, mac=veth.peer_mac, mtu=veth.mtu)
+    if veth.peer_netns is not None:
+        peer += _number(IFLA_NET_NS_FD, veth.peer_netns)
+    info = text(IFLA_INFO_KIND, "veth") + nested(IFLA_INFO_DATA, nested(VETH_INFO_PEER, peer))
+    body = _link(up=True, name=veth.name, mac=veth.mac, mtu=veth.mtu) + nested(IFLA_LINKINFO, info)
     return Request(
-        f"add the veth pair {veth.name}, {veth.peer}", RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, message
+        f"add the veth pair {veth.name}, {veth.peer}", RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body
     )
 
 
 def bridge_add(name: str, mac: str | None = None) -> Request:
     """Make a bridge and bring it up."""
-    info = {"attrs": [("IFLA_INFO_KIND", "bridge")]}
-    attrs = [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_LINKINFO", info)]
-    message = _message(ifinfmsg, {"flags": IFF_UP, "change": IFF_UP}, attrs)
-    return Request(f"add the bridge {name}", RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, message)
+    info = nested(IFLA_LINKINFO, text(IFLA_INFO_KIND, "bridge"))
+    body = _link(up=True, name=name, mac=mac) + info
+    return Request(f"add the bridge {name}", RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
 
 
 def link_up(index: int) -> Request:
     """Bring an interface up."""
-    message = _message(ifinfmsg, {"index": index, "flags": IFF_UP, "change": IFF_UP}, [])
-    return Request(f"bring up interface {index}", RTM_NEWLINK, 0, message)
+    return Request(f"bring up interface {index}", RTM_NEWLINK, 0, _link(index, up=True))
 
 
 def link_set(
     index: int, *, master: int | None = None, mtu: int | None = None, name: str | None = None
 ) -> Request:
     """Set what is given: the bridge it belongs to (index, 0 for none), the MTU in bytes, the name."""
-    attrs = [("IFLA_MASTER", master), ("IFLA_MTU", mtu), ("IFLA_IFNAME", name)]
-    return Request(f"change interface {index}", RTM_NEWLINK, 0, _message(ifinfmsg, {"index": index}, attrs))
+    body = _link(index, name=name, mtu=mtu)
+    if master is not None:
+        body += _number(IFLA_MASTER, master)
+    return Request(f"change interface {index}", RTM_NEWLINK, 0, body)
 
 
 def bridge_port(index: int, bridge: int) -> Request:
@@ -133,46 +124,38 @@ def bridge_port(index: int, bridge: int) -> Request:
 
     That is what a pod needs which reaches itself through a service (hairpin mode, IFLA_BRPORT_MODE).
     """
-    slave = {"attrs": [("IFLA_BRPORT_MODE", 1)]}
-    info = {"attrs": [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", slave)]}
-    attrs = [("IFLA_MASTER", bridge), ("IFLA_LINKINFO", info)]
-    return Request(
-        f"make interface {index} a bridge port", RTM_NEWLINK, 0, _message(ifinfmsg, {"index": index}, attrs)
-    )
+    mode = nested(IFLA_INFO_SLAVE_DATA, attribute(IFLA_BRPORT_MODE, b"\1"))
+    info = nested(IFLA_LINKINFO, text(IFLA_INFO_SLAVE_KIND, "bridge"), mode)
+    body = _link(index) + _number(IFLA_MASTER, bridge) + info
+    return Request(f"make interface {index} a bridge port", RTM_NEWLINK, 0, body)
 
 
 def link_delete(name: str) -> Request:
     """Remove an interface by name."""
-    return Request(
-        f"remove interface {name}", RTM_DELLINK, 0, _message(ifinfmsg, {}, [("IFLA_IFNAME", name)])
-    )
+    return Request(f"remove interface {name}", RTM_DELLINK, 0, _link(name=name))
 
 
 def address_add(index: int, address: str) -> Request:
     """Give an interface an address (CIDR). IPv6 without duplicate address detection, which costs 1-2 s."""
     value = ip_interface(address)
     family = Family(value.version)
-    broadcast = None
-    if family is Family.V4 and value.network.prefixlen < family.bits - 1:
-        broadcast = str(value.network.broadcast_address)
-    attrs = [
-        ("IFA_ADDRESS", str(value.ip)),
-        ("IFA_LOCAL", str(value.ip) if family is Family.V4 else None),
-        ("IFA_BROADCAST", broadcast),
-        ("IFA_FLAGS", IFA_F_NODAD if family is Family.V6 else None),
-    ]
-    fields = {"family": family.af, "prefixlen": value.network.prefixlen, "index": index}
-    return Request(
-        f"add address {address} to interface {index}", RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL,
-        _message(ifaddrmsg, fields, attrs),
-    )  # fmt: skip
+    body = _ADDRESS.pack(family.af, value.network.prefixlen, 0, 0, index) + attribute(
+        IFA_ADDRESS, value.ip.packed
+    )
+    if family is Family.V6:
+        body += _number(IFA_FLAGS, IFA_F_NODAD)
+    else:
+        body += attribute(IFA_LOCAL, value.ip.packed)
+        if value.network.prefixlen < family.bits - 1:
+            body += attribute(IFA_BROADCAST, value.network.broadcast_address.packed)
+    what = f"add address {address} to interface {index}"
+    return Request(what, RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, body)
 
 
 def route_replace(route: Route) -> Request:
     """Add a route, or replace the one to the same destination."""
-    return Request(
-        f"set the route to {route.destination}", RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _route(route)
-    )
+    what = f"set the route to {route.destination}"
+    return Request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _route(route))
 
 
 def route_delete(route: Route) -> Request:
@@ -180,24 +163,71 @@ def route_delete(route: Route) -> Request:
     return Request(f"remove the route to {route.destination}", RTM_DELROUTE, 0, _route(route))
 
 
-def _route(route: Route) -> Any:
-    network = ip_network(route.destination)
-    fields = {
-        "family": Family(network.version).af,
-        "dst_len": network.prefixlen,
-        "table": RT_TABLE_MAIN,
-        "proto": route.protocol,
-        "type": RTN_UNREACHABLE if route.unreachable else RTN_UNICAST,
-        "scope": RT_SCOPE_LINK if route.gateway is None and route.oif is not None else RT_SCOPE_UNIVERSE,
-        "flags": RTNH_F_ONLINK if route.onlink else 0,
-    }
-    destination = str(network.network_address) if network.prefixlen else None
-    attrs = [("RTA_DST", destination), ("RTA_GATEWAY", route.gateway), ("RTA_OIF", route.oif)]
-    return _message(rtmsg, fields, attrs)
-
-
 def neighbour_replace(index: int, address: str, mac: str) -> Request:
     """Fix which MAC an address on an interface has, for good: no ARP or ND, nothing to go stale."""
-    fields = {"family": Family(ip_interface(address).version).af, "ifindex": index, "state": NUD_PERMANENT}
-    message = _message(ndmsg, fields, [("NDA_DST", address), ("NDA_LLADDR", mac)])
-    return Request(f"set neighbour {address}", RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, message)
+    ip = ip_address(address)
+    body = _NEIGHBOUR.pack(Family(ip.version).af, index, NUD_PERMANENT, 0, 0)
+    body += attribute(NDA_DST, ip.packed) + attribute(NDA_LLADDR, _mac(mac))
+    return Request(f"set neighbour {address}", RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def link_query(index: int) -> bytes:
+    """Return the body that asks for one interface."""
+    return _link(index)
+
+
+def route_query(address: str) -> bytes:
+    """Return the body that asks which route the kernel takes to an address."""
+    ip = ip_address(address)
+    family = Family(ip.version)
+    return _ROUTE.pack(family.af, family.bits, 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, ip.packed)
+
+
+def _link(
+    index: int = 0,
+    *,
+    up: bool = False,
+    name: str | None = None,
+    mac: str | None = None,
+    mtu: int | None = None,
+) -> bytes:
+    change = IFF_UP if up else 0
+    body = _LINK.pack(0, 0, index, change, change)
+    if name is not None:
+        body += text(IFLA_IFNAME, name)
+    if mac is not None:
+        body += attribute(IFLA_ADDRESS, _mac(mac))
+    if mtu is not None:
+        body += _number(IFLA_MTU, mtu)
+    return body
+
+
+def _route(route: Route) -> bytes:
+    network = ip_network(route.destination)
+    body = _ROUTE.pack(
+        Family(network.version).af,
+        network.prefixlen,
+        0,
+        0,
+        RT_TABLE_MAIN,
+        route.protocol,
+        RT_SCOPE_LINK if route.gateway is None and route.oif is not None else RT_SCOPE_UNIVERSE,
+        RTN_UNREACHABLE if route.unreachable else RTN_UNICAST,
+        RTNH_F_ONLINK if route.onlink else 0,
+    )
+    if network.prefixlen:
+        body += attribute(RTA_DST, network.network_address.packed)
+    if route.gateway is not None:
+        body += attribute(RTA_GATEWAY, ip_address(route.gateway).packed)
+    if route.oif is not None:
+        body += _number(RTA_OIF, route.oif)
+    return body
+
+
+def _number(kind: int, value: int) -> bytes:
+    """Encode a 32-bit number in host order, as route netlink has them all."""
+    return attribute(kind, struct.pack("=I", value))
+
+
+def _mac(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))

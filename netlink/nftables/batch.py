@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from netlink.attributes import NLA_F_NESTED, attribute, parsed, text
 from netlink.errors import NetlinkError
 from netlink.family import Family
 from netlink.nftables import dump
-from netlink.nftables.attributes import NLA_F_NESTED, attribute, parsed, text
 from netlink.nftables.objects import Chain, Data, Elements, Map, Rule, encode_element, tlv
 
 NFNL_SUBSYS_NFTABLES = 10

@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 
+from netlink.attributes import parse, parsed, text
 from netlink.errors import NetlinkError
 from netlink.family import Family
-from netlink.nftables.attributes import parse, parsed, text
 from netlink.nftables.expressions import Verdict
 from netlink.nftables.objects import ELEMENT_INTERVAL_END, Data, Elements, Goto, Map
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Protocol
 
-from netlink.nftables.attributes import attribute, nested, number, text
+from netlink.attributes import attribute, nested, number, text
 
 
 class Verdict(IntEnum):

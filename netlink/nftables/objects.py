@@ -11,8 +11,8 @@ import struct
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
+from netlink.attributes import attribute, nested, number, text
 from netlink.family import Family
-from netlink.nftables.attributes import attribute, nested, number, text
 from netlink.nftables.expressions import Expression, Verdict, verdict_data
 
 
