@@ -29,8 +29,9 @@ from netlink.requests import (
     Veth,
     address_add,
     bridge_add,
-    bridge_port,
+    bridge_hairpin,
     link_delete,
+    link_set,
     link_up,
     neighbour_replace,
     route_replace,
@@ -204,7 +205,7 @@ def _configure_host(link: PodLink) -> None:
             bridge = rtnl.link(BRIDGE)
             if bridge is None:
                 raise WiringError(f"the bridge {BRIDGE} is missing: the daemon makes it")
-            rtnl.commit(bridge_port(index, bridge.index))
+            rtnl.commit(link_set(index, master=bridge.index), bridge_hairpin(index))
         else:
             rtnl.commit(*_host_requests(link, index))
     _refuse_router_advertisements(link.host_ifname)

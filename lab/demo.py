@@ -118,11 +118,12 @@ def deploy(lab: Lab) -> World:
 
 def run(world: World, cases: Sequence[Case] = CASES) -> list[Row]:
     """Run the cases, several at once where they do not disturb each other; rows in the cases' order."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        rows = dict(zip(together := [c for c in cases if not c.alone],
-                        pool.map(lambda case: run_case(world, case), together), strict=True))  # fmt: skip
-    rows |= {case: run_case(world, case) for case in cases if case.alone and case.check is not Check.LEAK}
-    rows |= {case: run_case(world, case) for case in cases if case.check is Check.LEAK}  # sees all of the run
+    together = [case for case in cases if not case.alone]
+    leaks = [case for case in cases if case.check is Check.LEAK]  # they look at all of the run
+    alone = [case for case in cases if case.alone and case not in leaks]
+    with capture.stamping(), ThreadPoolExecutor(WORKERS) as pool:
+        rows = dict(zip(together, pool.map(lambda case: run_case(world, case), together), strict=True))
+        rows |= {case: run_case(world, case) for case in (*alone, *leaks)}
     return [rows[case] for case in cases]
 
 

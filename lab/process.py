@@ -33,13 +33,18 @@ class Process:
 
 
 def start_time(pid: int) -> int | None:
-    """Return when the process started, or None when it has ended."""
+    """Return when the process started, or None when it has ended.
+
+    A zombie has, unless it has threads left: these still hold its sockets, which take connections.
+    """
+    process = Path(f"/proc/{pid}")
     try:
         # The name, in parentheses, may hold anything; the fields are counted from its end.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        ended = fields[0] in "ZX" and len(list((process / "task").iterdir())) < 2
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if ended else int(fields[19])
 
 
 def start(namespace: str, command: Sequence[str], pid_file: Path, log: Path) -> Process:

@@ -119,15 +119,14 @@ def link_set(
     return Request(f"change interface {index}", RTM_NEWLINK, 0, body)
 
 
-def bridge_port(index: int, bridge: int) -> Request:
-    """Make an interface a port of a bridge, one that also sends a frame back to where it came from.
+def bridge_hairpin(index: int) -> Request:
+    """Let a bridge port send a frame back to where it came from (hairpin mode, IFLA_BRPORT_MODE).
 
-    That is what a pod needs which reaches itself through a service (hairpin mode, IFLA_BRPORT_MODE).
+    That is what a pod needs which reaches itself through a service. The interface must be a port already.
     """
     mode = nested(IFLA_INFO_SLAVE_DATA, attribute(IFLA_BRPORT_MODE, b"\1"))
     info = nested(IFLA_LINKINFO, text(IFLA_INFO_SLAVE_KIND, "bridge"), mode)
-    body = _link(index) + _number(IFLA_MASTER, bridge) + info
-    return Request(f"make interface {index} a bridge port", RTM_NEWLINK, 0, body)
+    return Request(f"set hairpin mode on bridge port {index}", RTM_NEWLINK, 0, _link(index) + info)
 
 
 def link_delete(name: str) -> Request:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab import demo, network
+from lab import capture, demo, network
 from lab.demo import World
 from lab.topology import Mode, plan
 
@@ -15,6 +15,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     network.remove(name)
     lab = network.up(plan(name, mode=request.param))
     try:
-        yield demo.deploy(lab)
+        with capture.stamping():
+            yield demo.deploy(lab)
     finally:
         network.remove(name)
