@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import cni, proxy
+from bench import cni, live, proxy
+
+PARTS = (proxy, cni, live)
 
 
 def main() -> None:
@@ -13,11 +15,11 @@ def main() -> None:
         prog="make bench", description="Measure podwire beside its alternatives."
     )
     commands = parser.add_subparsers(metavar="WHAT")
-    for part in (proxy, cni):
+    for part in PARTS:
         part.add_parser(commands)
     args = parser.parse_args()
     for chosen in (
-        [args] if hasattr(args, "run") else [parser.parse_args([name]) for name in ("proxy", "cni")]
+        [args] if hasattr(args, "run") else [parser.parse_args([name]) for name in ("proxy", "cni", "live")]
     ):
         chosen.run(chosen)
 
