@@ -20,7 +20,8 @@ def over_budget(path: Path) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length > FUNCTION_LINES:
-                found.append(f"{name}:{node.lineno}: {node.name} has {length} lines, the budget is {FUNCTION_LINES}")
+                where = f"{name}:{node.lineno}: {node.name}"
+                found.append(f"{where} has {length} lines, the budget is {FUNCTION_LINES}")
     return found
 
 
