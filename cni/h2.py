@@ -26,10 +26,10 @@ LENGTHS = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
 ACK = END_STREAM = 0x1
 END_HEADERS = 0x4
 PADDED = 0x8
-ENABLE_PUSH, INITIAL_WINDOW, MAX_FRAME = 2, 4, 5
+ENABLE_PUSH, INITIAL_WINDOW = 2, 4
 
 STREAM = 1
-FRAME_BYTES = 16384  # a peer may send no more while we do not allow it, and must take as much
+FRAME_BYTES = 16384  # every peer must take as much, and may send no more unless we allowed it
 WINDOW = 65535
 LARGEST_WINDOW = 2**31 - 1
 REPLY_BYTES = 64 << 20
@@ -88,7 +88,6 @@ class Call:
         "_ends",
         "_in_headers",
         "_initial_window",
-        "_max_frame",
         "_path",
         "_stream_window",
         "_unsent",
@@ -102,7 +101,6 @@ class Call:
         self._buffer = b""
         self._body = bytearray()
         self._connection_window = self._stream_window = self._initial_window = WINDOW
-        self._max_frame = FRAME_BYTES
         self._in_headers = False
         self._ends = False
 
@@ -134,7 +132,7 @@ class Call:
         """Return DATA frames for as much of the request as the daemon's windows allow now."""
         frames = []
         while self._unsent:
-            window = min(self._connection_window, self._stream_window, self._max_frame)
+            window = min(self._connection_window, self._stream_window, FRAME_BYTES)
             if window <= 0:
                 break
             chunk, self._unsent = self._unsent[:window], self._unsent[window:]
@@ -195,11 +193,7 @@ class Call:
         for at in range(0, len(payload), 6):
             key = int.from_bytes(payload[at : at + 2], "big")
             value = int.from_bytes(payload[at + 2 : at + 6], "big")
-            if key == MAX_FRAME:
-                if not FRAME_BYTES <= value < 1 << 24:
-                    raise ShimError(f"the daemon's largest frame is {value} bytes")
-                self._max_frame = value
-            elif key == INITIAL_WINDOW:
+            if key == INITIAL_WINDOW:
                 # RFC 9113, 6.9.2: the difference counts at once, and may leave less than nothing.
                 self._stream_window += value - self._initial_window
                 self._initial_window = value

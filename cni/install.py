@@ -58,6 +58,11 @@ def python_path() -> list[str]:
     return list(dict.fromkeys(_home(package) for package in ("cni", "msgspec", "netaddr", "pyroute2")))
 
 
+def base_python() -> str:
+    """Return the interpreter under the environment that runs this: finding an environment costs time."""
+    return str(Path(sys.executable).resolve())
+
+
 def install_binary(
     directory: Path,
     *,
@@ -66,16 +71,14 @@ def install_binary(
     python: str | None = None,
     path: Sequence[str] | None = None,
 ) -> Path:
-    """Write the plugin binary and compile what it imports, so that the first ADD is as fast as the next.
-
-    The interpreter is the one under the environment that runs this: an environment costs time to find.
-    """
-    python = python or str(Path(sys.executable).resolve())
+    """Write the plugin binary and compile what it imports, so that the first ADD is as fast as the next."""
+    python = python or base_python()
     path = python_path() if path is None else path
     text = render_binary(python=python, path=path, socket=socket, state_dir=state_dir)
     packages = [str(found) for entry in path for name in COMPILED if (found := Path(entry, name)).is_dir()]
     # Modules on a read-only disk stay as they are: the binary works, a little later.
-    subprocess.run([python, "-I", "-m", "compileall", "-q", *packages], capture_output=True, check=False)
+    if packages:  # without a name, compileall takes everything it finds
+        subprocess.run([python, "-I", "-m", "compileall", "-q", *packages], capture_output=True, check=False)
     return _write(directory / BINARY, text, 0o755)
 
 

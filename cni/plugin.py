@@ -59,6 +59,14 @@ def take_back(ledger: Ledger, attachment: Attachment) -> None:
     ledger.forget(attachment.key)
 
 
+def finish(ledger: Ledger, state_dir: Path, key: Key) -> None:
+    """Take back another container's attachment, unless it is gone by now, or its container was added anew."""
+    with container_lock(state_dir, key.container_id):
+        attachment = ledger.get(key)
+        if attachment and attachment.state is State.RELEASED:
+            take_back(ledger, attachment)
+
+
 @dataclass(frozen=True, slots=True)
 class Plugin:
     """The plugin, working on a node's ledger.
@@ -132,7 +140,7 @@ class Plugin:
                     cidrs=settings.pod_cidrs,
                 )
             except AlreadyAttached as error:
-                if error.attachment.request_id != request.request_id:
+                if not request.request_id or error.attachment.request_id != request.request_id:
                     raise
                 return error.attachment, True
             except StillReleasing as error:
@@ -141,7 +149,10 @@ class Plugin:
                 if last or not error.releasing:
                     raise
                 for attachment in error.releasing:
-                    take_back(self.ledger, attachment)
+                    if attachment.key.container_id == key.container_id:
+                        take_back(self.ledger, attachment)
+                    else:
+                        finish(self.ledger, self.state_dir, attachment.key)
             else:
                 # An earlier try that died left its link, or none; a fresh reservation finds none.
                 wiring.remove(attachment.host_ifname)

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from cni.plugin import take_back
+from cni.plugin import finish
 from ipam.ledger import Attachment, Ledger, LedgerError, State
 from ipam.lock import LockTimeout, container_lock
 
@@ -65,10 +65,7 @@ class Reaper:
     def _work(self) -> None:
         while (attachment := self._queue.get()) is not None:
             try:
-                with container_lock(self._state_dir, attachment.key.container_id):
-                    current = self._ledger.get(attachment.key)
-                    if current and current.state is State.RELEASED:
-                        take_back(self._ledger, current)
+                finish(self._ledger, self._state_dir, attachment.key)
             except (OSError, LedgerError, LockTimeout) as error:
                 # The record stays released: the next ADD that needs the address, or start, tries again.
                 log.error("the interface %s could not be removed: %s", attachment.host_ifname, error)

@@ -250,9 +250,8 @@ def _check_variables(command: Command, env: Mapping[str, str]) -> None:
     required = REQUIRED.get(command, ())
     if missing := [name for name in required if not env.get(name)]:
         raise CniError(BAD_ENVIRONMENT, f"CNI_COMMAND {command} needs {', '.join(missing)}: not set")
-    for name in env:
-        if name.startswith("CNI_") and not _is_utf8(env[name]):
-            raise CniError(BAD_ENVIRONMENT, f"{name} is {_show(env[name])}, which is not UTF-8")
+    for name in required:
+        _check_utf8(name, env[name])
     container_id, ifname, netns = (env.get(f"CNI_{name}", "") for name in ("CONTAINERID", "IFNAME", "NETNS"))
     if "CNI_CONTAINERID" in required and not IDENTIFIER.fullmatch(container_id):
         raise CniError(BAD_ENVIRONMENT, f"CNI_CONTAINERID is {_show(container_id)}, not {IDENTIFIER_FORM}")
@@ -262,9 +261,10 @@ def _check_variables(command: Command, env: Mapping[str, str]) -> None:
         raise CniError(BAD_ENVIRONMENT, f"CNI_NETNS is {_show(netns)}, which is not an absolute path")
 
 
-def _is_utf8(text: str) -> bool:
-    """Whether text has no lone surrogates, as which bytes that are not UTF-8 come out of the environment."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _check_utf8(name: str, text: str) -> None:
+    """Refuse lone surrogates, as which bytes that are not UTF-8 come out of the environment."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise CniError(BAD_ENVIRONMENT, f"{name} is {_show(text)}, which is not UTF-8")
 
 
 def _ifname_fault(name: str) -> str:
@@ -280,6 +280,7 @@ def _ifname_fault(name: str) -> str:
 
 def _args(text: str) -> tuple[tuple[str, str], ...]:
     """Parse CNI_ARGS: KEY=VALUE;KEY=VALUE. Unknown keys are refused unless IgnoreUnknown is set."""
+    _check_utf8("CNI_ARGS", text)
     pairs = []
     for item in text.split(";") if text else ():
         key, equals, value = item.partition("=")

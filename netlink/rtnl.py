@@ -28,6 +28,8 @@ HEADER = struct.Struct("=IHHII")
 ANY_FAMILY = bytes(16)
 """A dump's body: all zeroes ask for everything."""
 RECEIVE_BYTES = 1 << 18
+WRITE_REQUESTS = 64
+"""The answers to one write must fit the receive buffer: each takes about 1 kB of its 208."""
 
 
 class Rtnl:
@@ -50,13 +52,18 @@ class Rtnl:
             self._socket = None
 
     def commit(self, *requests: Request) -> None:
-        """Apply requests in order, in one write.
+        """Apply requests in order, in one write, or several if there are very many.
 
         Each stands alone: the kernel goes on after one that it refuses, and NetlinkError names the first
         refused. Callers that need all or nothing undo what they asked for.
         """
-        if not requests:
-            return
+        slices = [requests[at : at + WRITE_REQUESTS] for at in range(0, len(requests), WRITE_REQUESTS)]
+        failures = [failure for part in slices if (failure := self._write(part))]
+        if failures:
+            raise failures[0]
+
+    def _write(self, requests: tuple[Request, ...]) -> NetlinkError | None:
+        """Apply requests in one write and return the first refusal."""
         first = self._sequence + 1
         self._send(b"".join(self._frame(r.kind, NLM_F_ACK | r.flags, r.body) for r in requests))
         failure: NetlinkError | None = None
@@ -69,8 +76,7 @@ class Rtnl:
                 code = -struct.unpack_from("=i", body, 16)[0]
                 if code and failure is None:
                     failure = NetlinkError(code, f"cannot {requests[sequence - first].what}")
-        if failure:
-            raise failure
+        return failure
 
     def links(self) -> tuple[Link, ...]:
         """All interfaces."""

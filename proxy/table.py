@@ -20,6 +20,20 @@ class Change(NamedTuple):
     new: Frontend | None
 
 
+def merged(changes: Iterable[Change]) -> list[Change]:
+    """Return one change for each key: from the first version to the last.
+
+    A key changes twice in one go when a service gives it up, the next one takes it over and goes too.
+    """
+    net: dict[FrontendKey, Change] = {}
+    for change in changes:
+        some = change.new or change.old
+        assert some
+        earlier = net.get(some.key)
+        net[some.key] = Change(earlier.old, change.new) if earlier else change
+    return [c for c in net.values() if c.old != c.new]
+
+
 class FrontendTable:
     """The frontends of all services."""
 

@@ -50,10 +50,29 @@ def elements(ask: Ask, family: Family, table: str, which: Map) -> Elements:
     for message in _dump(ask, GETSETELEM, body, f"list map {which.name} of {family.keyword} {table}"):
         for kind, payload in parse(message, BODY):
             if kind == 3:
-                for _, element in parse(payload):
-                    key, data = _element(element, which)
-                    found[key] = data
+                found.update(_elements(payload, which))
     return found
+
+
+def _elements(payload: bytes, which: Map) -> Iterator[tuple[bytes, Data]]:
+    """Yield the elements of one message.
+
+    Those of a data map differ from the first in nothing but key and data bytes: as long as the rest is the
+    same, these are cut out where they stood in the first. A restart reads 100,000 of them.
+    """
+    _, first = next(parse(payload), (0, b""))
+    if not first:
+        return
+    key, data = _element(first, which)
+    length, start = len(first) + 4, 0
+    if isinstance(data, bytes) and length == 20 + len(key) + len(data) and not which.interval:
+        at = 12 + len(key)
+        before, between = payload[:12], payload[12 + len(key) : 20 + len(key)]
+        while payload[start : start + 12] == before and payload[start + at : start + at + 8] == between:
+            yield payload[start + 12 : start + at], payload[start + at + 8 : start + length]
+            start += length
+    for _, element in parse(payload, start):
+        yield _element(element, which)
 
 
 def _element(element: bytes, which: Map) -> tuple[bytes, Data]:

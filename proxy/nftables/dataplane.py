@@ -18,7 +18,7 @@ from netlink.nftables.batch import (
 from netlink.nftables.objects import Elements, Map
 from proxy.frontends import Action, Frontend
 from proxy.nftables import ruleset
-from proxy.nftables.elements import Pairs, delta, hairpin, intervals, kind_of
+from proxy.nftables.elements import Pairs, delta, difference, hairpin, intervals, kind_of
 from proxy.nftables.ruleset import (
     COMMON_SHAPES,
     HAIRPIN,
@@ -29,7 +29,7 @@ from proxy.nftables.ruleset import (
     SETS,
     Shape,
 )
-from proxy.table import Change
+from proxy.table import Change, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +107,11 @@ class Dataplane:
         Raises BatchError, in which case the kernel is as it was.
         """
         edit = _Edit()
-        for change in changes:
+        for change in merged(changes):
             self._note(edit, change.old, change.new)
         sets = self._ranges if ranges is None else self._set_elements(ranges)
         for which, elements in sets.items():
-            there = self._ranges[which]
-            # In order of address: the kernel checks each new range against its neighbours.
-            old, new = sorted(there.keys() - elements), sorted(elements.keys() - there)
-            edit.take(which, [(k, None) for k in old], [(k, None) for k in new])
+            edit.take(which, *difference(self._ranges[which], elements, interval=True))
         for address, count in edit.hairpins.items():
             before, after = self._hairpins[address], self._hairpins[address] + count
             if bool(before) != bool(after):
@@ -166,9 +163,8 @@ class Dataplane:
         removals: list[Operation] = []
         additions: list[Operation] = []
         for which in (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints))):
-            there, here = self._nft.elements(which), wanted.get(which, {})
-            old = [(k, d) for k, d in there.items() if k not in here or here[k] != d]
-            new = [(k, d) for k, d in here.items() if k not in there or there[k] != d]
+            there = self._nft.elements(which)
+            old, new = difference(there, wanted.get(which, {}), interval=which.interval)
             if old:
                 removals.append(DeleteElements(which, old))
             if new:

@@ -113,6 +113,37 @@ def intervals(family: Family, cidrs: Iterable[str]) -> Elements:
     return found
 
 
+def difference(there: Elements, here: Elements, *, interval: bool) -> tuple[Pairs, Pairs]:
+    """Return the elements to remove and to add so that a map that holds `there` holds `here`.
+
+    Ranges are removed and added whole, each start before its end, in order of address: recent kernels look
+    for the start just before when an end is removed or added.
+    """
+    if not interval:
+        old = [(k, d) for k, d in there.items() if k not in here or here[k] != d]
+        return old, [(k, d) for k, d in here.items() if k not in there or there[k] != d]
+    was, now = _ranges(there), _ranges(here)
+    return _flat(was - now), _flat(now - was)
+
+
+def _ranges(boundaries: Elements) -> set[tuple[bytes, ...]]:
+    """Return the (start, end) pairs of an interval set; the end is missing after the last address."""
+    ranges: set[tuple[bytes, ...]] = set()
+    start = b""
+    # At one address the end of a range comes before the start of the next.
+    for key in sorted(boundaries, key=lambda k: (k[:-1], -k[-1])):
+        if key[-1] and start:
+            ranges.add((start, key))
+            start = b""
+        elif not key[-1]:
+            start = key
+    return ranges | ({(start,)} if start else set())
+
+
+def _flat(ranges: set[tuple[bytes, ...]]) -> Pairs:
+    return [(key, None) for pair in sorted(ranges) for key in pair]
+
+
 def _joined(family: Family, cidrs: Iterable[str]) -> list[tuple[int, int]]:
     networks = (ip_network(c) for c in cidrs)
     spans = sorted(

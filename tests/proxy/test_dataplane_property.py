@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from netlink import netns
@@ -91,6 +91,16 @@ Batches = list[list[tuple[str, ObjectName, object]]]
 batches_of_changes = st.lists(st.lists(change, min_size=1, max_size=4), min_size=1, max_size=8)
 
 
+A, C = NAMES[0], NAMES[2]
+CLAIM = (
+    ("10.96.0.1",),
+    (ServicePort("x", Protocol.TCP, 80, 30001),),
+    TrafficPolicy.CLUSTER,
+    TrafficPolicy.CLUSTER,
+)
+
+
+@example([[("service", A, CLAIM), ("service", C, CLAIM)], [("service", A, None), ("service", C, None)]], 8)
 @settings(max_examples=120, deadline=None)
 @given(batches_of_changes, st.integers(0, 8))
 def test_in_memory(batches: Batches, restart: int) -> None:
@@ -102,8 +112,10 @@ def test_in_memory(batches: Batches, restart: int) -> None:
 def test_in_the_kernel(namespace: str, batches: Batches, restart: int) -> None:
     def inside() -> None:
         with Nft(Family.V4, TABLE) as nft:
-            steps_and_fresh_load_agree(nft, batches, restart)
-            nft.commit([DeleteTable()])
+            try:
+                steps_and_fresh_load_agree(nft, batches, restart)
+            finally:
+                nft.commit([DeleteTable()])
 
     netns.run(namespace, inside)
 
@@ -126,10 +138,12 @@ def steps_and_fresh_load_agree(kernel: Nftables, batches: Batches, restart: int)
                 ranges = step[2]
             else:
                 objects_after(objects, step)
-        dataplane.apply(deliver(store, table, objects), ranges)
-        if number == restart:
+        changes = deliver(store, table, objects)
+        if number == restart:  # the changes came while the daemon was down
             dataplane = Dataplane(kernel)
             assert dataplane.load(table, ranges)
+        else:
+            dataplane.apply(changes, ranges)
 
     fresh, fresh_table = FakeNft(Family.V4), FrontendTable()
     deliver(Store(), fresh_table, objects)
