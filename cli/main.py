@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        complain(str(error))
+        what = error.strerror or str(error)
+        complain(f"{error.filename}: {what}" if error.filename else what)
         return 1
     except KeyboardInterrupt:
         return 130

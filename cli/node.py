@@ -99,6 +99,7 @@ def _add_paths(parser: argparse.ArgumentParser) -> None:
 def run_daemon(args: argparse.Namespace) -> int:
     """Run the daemon until it is stopped."""
     from cni.wiring import Mode
+    from ipam.ledger import LedgerError
     from node.daemon import Daemon, DaemonConfig
     from node.syncer import SyncConfig
 
@@ -114,16 +115,18 @@ def run_daemon(args: argparse.Namespace) -> int:
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(stream=sys.stderr, level=level, format=LOG_FORMAT)
     sync = SyncConfig(args.node_name, Mode(args.mode), args.mtu, tuple(args.no_masquerade_cidr))
-    return Daemon(
-        DaemonConfig(
-            sync=sync,
-            source=args.source,
-            state_dir=args.state_dir,
-            socket=args.socket,
-            metrics_address=args.metrics_bind_address,
-            healthz_address=args.healthz_bind_address,
-        )
-    ).run()
+    config = DaemonConfig(
+        sync=sync,
+        source=args.source,
+        state_dir=args.state_dir,
+        socket=args.socket,
+        metrics_address=args.metrics_bind_address,
+        healthz_address=args.healthz_bind_address,
+    )
+    try:
+        return Daemon(config).run()
+    except LedgerError as error:
+        raise CommandError(str(error)) from None
 
 
 def run_install(args: argparse.Namespace) -> int:
@@ -131,8 +134,11 @@ def run_install(args: argparse.Namespace) -> int:
     from cni import install
 
     _need_root("install")
-    binary = install.install_binary(args.bin_dir, socket=str(args.socket), state_dir=str(args.state_dir))
-    conflist = install.install_conflist(args.conf_dir)
+    try:
+        binary = install.install_binary(args.bin_dir, socket=str(args.socket), state_dir=str(args.state_dir))
+        conflist = install.install_conflist(args.conf_dir)
+    except install.InstallError as error:
+        raise CommandError(str(error)) from None
     print(f"{binary}\n{conflist}")
     return 0
 

@@ -245,6 +245,7 @@ def _as_cni_error(error: Exception) -> CniError:
     table: tuple[tuple[type[Exception], int], ...] = (
         (wiring.NoNamespace, spec.UNKNOWN_CONTAINER),
         (wiring.InterfaceExists, spec.ALREADY_EXISTS),
+        (wiring.NotReady, spec.TRY_AGAIN),
         (wiring.WiringError, spec.CHECK_FAILED),
         (AlreadyAttached, spec.ALREADY_EXISTS),
         (Exhausted, spec.TRY_AGAIN),
@@ -256,7 +257,7 @@ def _as_cni_error(error: Exception) -> CniError:
     for kind, code in table:
         if isinstance(error, kind):
             return CniError(code, str(error))
-    log.exception("a fault of podwire's own")
+    log.debug("a fault of podwire's own", exc_info=error)
     return CniError(spec.INTERNAL, f"internal error: {type(error).__name__}: {error}")
 
 

@@ -9,7 +9,6 @@ Bridge mode: the host's end is a port of `podwire0`, which carries the pod range
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -53,6 +52,10 @@ class NoNamespace(WiringError):
 
 class InterfaceExists(WiringError):
     """The pod has an interface of that name already."""
+
+
+class NotReady(WiringError):
+    """The node lacks something that the daemon makes."""
 
 
 class Mode(StrEnum):
@@ -180,6 +183,8 @@ def _namespace(path: str) -> Iterator[int]:
             fd = stack.enter_context(netns.opened(path))
         except OSError as error:
             raise NoNamespace(f"CNI_NETNS {path} cannot be opened: {error.strerror}") from error
+        if not netns.is_namespace(fd):
+            raise NoNamespace(f"CNI_NETNS {path} is not a network namespace")
         yield fd
 
 
@@ -189,8 +194,6 @@ def _make_veth(link: PodLink, pod: int) -> None:
         try:
             rtnl.commit(veth_add(veth))
         except NetlinkError as error:
-            if error.errno == errno.EINVAL:
-                raise NoNamespace("CNI_NETNS is not a network namespace") from error
             if not error.exists:
                 raise
             where = f"the host has {link.host_ifname}" if rtnl.link(link.host_ifname) else "the pod has one"
@@ -204,7 +207,7 @@ def _configure_host(link: PodLink) -> None:
         if link.mode is Mode.BRIDGE:
             bridge = rtnl.link(BRIDGE)
             if bridge is None:
-                raise WiringError(f"the bridge {BRIDGE} is missing: the daemon makes it")
+                raise NotReady(f"the bridge {BRIDGE} is missing: the daemon makes it")
             rtnl.commit(link_set(index, master=bridge.index), bridge_hairpin(index))
         else:
             rtnl.commit(*_host_requests(link, index))
@@ -294,6 +297,7 @@ def _check_pod(link: PodLink) -> None:
             raise WiringError(f"the pod's interface {link.ifname} is down")
         present = {a.cidr for a in rtnl.addresses(inside.index)}
         defaults = {r.gateway for r in rtnl.routes() if r.destination.endswith("/0")}
+        known = {(n.address, n.mac) for n in rtnl.neighbours() if n.index == inside.index}
         for address in link.addresses:
             if address.cidr not in present:
                 raise WiringError(
@@ -301,3 +305,5 @@ def _check_pod(link: PodLink) -> None:
                 )
             if address.gateway not in defaults:
                 raise WiringError(f"the default route by {address.gateway} is missing in the pod")
+            if link.mode is Mode.ROUTED and (address.gateway, link.host_mac) not in known:
+                raise WiringError(f"the neighbour entry of {address.gateway} is missing in the pod")

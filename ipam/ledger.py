@@ -49,7 +49,8 @@ class Exhausted(LedgerError):
 
     def __init__(self, full: Sequence[IPNetwork], releasing: tuple[Attachment, ...]) -> None:
         ranges = " and ".join(f"{cidr} ({capacity(cidr)} addresses)" for cidr in full)
-        super().__init__(f"no free pod address in {ranges}; waiting for their link to go: {len(releasing)}")
+        waiting = f", {len(releasing)} of them free as soon as their links are gone" if releasing else ""
+        super().__init__(f"no free pod address in podCIDR {ranges}{waiting}")
         self.releasing = releasing
 
 

@@ -36,8 +36,8 @@ class Hop:
 def stamping() -> Iterator[None]:
     """Have the kernel stamp packets during a block.
 
-    It begins to do so some time after the first socket asks for it, and a packet without a stamp gets the time
-    at which it is read: the order of hops needs a socket that asked well before.
+    It begins to do so some time after the first socket asks for it, and a packet without a stamp gets the
+    time at which it is read: the order of hops needs a socket that asked well before.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         asking.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)

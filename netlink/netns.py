@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ DIRECTORY = Path("/run/netns")
 
 # linux/sched.h and linux/mount.h
 CLONE_NEWNET = 0x40000000
+NS_GET_NSTYPE = 0xB703
 MS_BIND, MS_REC, MS_SHARED, MNT_DETACH = 0x1000, 0x4000, 0x100000, 0x2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,6 +48,14 @@ def opened(name: str | Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def is_namespace(fd: int) -> bool:
+    """Whether a descriptor is a network namespace (ioctl_ns(2), NS_GET_NSTYPE)."""
+    try:
+        return fcntl.ioctl(fd, NS_GET_NSTYPE) == CLONE_NEWNET
+    except OSError:
+        return False
 
 
 def enter(fd: int) -> None:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from cni.plugin import Plugin, ledger_of
 from cni.reaper import Reaper
-from ipam.ledger import Ledger
-from netlink.errors import NetlinkError
+from ipam.ledger import Ledger, LedgerError
 from node import underlay, web
 from node.metrics import Metrics
 from node.server import CniService, InspectService, serving
@@ -57,6 +56,8 @@ class Daemon:
         self._store = Store()
         self._metrics = Metrics()
         self._synced = threading.Event()
+        self._pending: Pending | None = None
+        self._source_failed = False
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status."""
@@ -84,7 +85,7 @@ class Daemon:
             stack.callback(self._stop.set)
             self._sync_until_stopped(syncer)
         log.info("stopped; rules, routes and pods stay as they are")
-        return 0
+        return 1 if self._source_failed else 0
 
     def _follow(self, inspect: InspectService) -> None:
         """Deliver the source's objects to the store; the daemon ends with it."""
@@ -100,25 +101,26 @@ class Daemon:
             ManifestFolder(self._config.source).follow(deliver, self._stop.is_set)
         except Exception as error:
             log.error("the source ended: %s", error)
+            self._source_failed = True
             self._stop.set()
 
     def _sync_until_stopped(self, syncer: Syncer) -> None:
-        pending: Pending | None = None
         wait = RETRY_SECONDS[0]
         while not self._stop.is_set():
-            pending = pending or self._store.take(timeout=0.2)
+            pending = self._pending or self._store.take(timeout=0.2) or syncer.again()
+            self._pending = pending
             if pending is None:
                 continue
             try:
                 self._sync(syncer, pending)
-            except (NetlinkError, OSError) as error:
+            except (OSError, LedgerError) as error:
                 log.error("sync failed, trying again in %.1f s: %s", wait, error)
                 self._metrics.failures.inc()
                 self._stop.wait(wait)
                 wait = min(wait * 2, RETRY_SECONDS[1])
-                pending = _merged(pending, self._store.take(timeout=0))
+                self._pending = _merged(pending, self._store.take(timeout=0))
             else:
-                pending, wait = None, RETRY_SECONDS[0]
+                self._pending, wait = None, RETRY_SECONDS[0]
 
     def _sync(self, syncer: Syncer, pending: Pending) -> None:
         first = not self._synced.is_set()
@@ -136,7 +138,8 @@ class Daemon:
 
     def _ready(self) -> bool:
         """Whether the first snapshot is in the kernel and changes are not stuck."""
-        oldest = self._store.oldest
+        pending = self._pending
+        oldest = pending.since if pending else self._store.oldest
         lagging = oldest is not None and time.monotonic() - oldest > HEALTHY_LAG
         return self._synced.is_set() and not lagging
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -114,7 +115,7 @@ class InspectService(rpc.InspectServicer):
             mode=self._config.mode.value,
             dataplane=Dataplane.name,
             pod_cidrs=status.pod_cidrs,
-            ready=self._ready(),
+            ready=self._ready() and bool(status.pod_cidrs),
             last_sync=status.last_sync,
             services=status.services,
             frontends=len(self._syncer.table),
@@ -150,9 +151,12 @@ def serving(socket: Path, cni: CniService, inspect: InspectService) -> Iterator[
     server = grpc.server(ThreadPoolExecutor(WORKERS, thread_name_prefix="grpc"), options=size)
     rpc.add_CniServicer_to_server(cni, server)  # type: ignore[no-untyped-call]
     rpc.add_InspectServicer_to_server(inspect, server)  # type: ignore[no-untyped-call]
-    if not server.add_insecure_port(f"unix:{socket}"):
-        raise OSError(f"cannot listen on {socket}")
-    socket.chmod(0o600)
+    before = os.umask(0o177)  # nobody else may connect, not even before a chmod
+    try:
+        if not server.add_insecure_port(f"unix:{socket}"):
+            raise OSError(f"cannot listen on {socket}")
+    finally:
+        os.umask(before)
     server.start()
     try:
         yield

@@ -34,13 +34,11 @@ class Store:
         self._services: set[ObjectName] = set()
         self._nodes = False
         self._since: float | None = None
-        self.problems: tuple[str, ...] = ()
 
-    def replace(self, objects: Mapping[Identity, Object], problems: tuple[str, ...] = ()) -> None:
+    def replace(self, objects: Mapping[Identity, Object]) -> None:
         """Set all objects. The first call makes the store ready, even with none."""
         with self._changed:
             before, self._objects = self._objects, objects
-            self.problems = problems
             first = self._snapshot is EMPTY
             services, slices, nodes = (
                 dict(self._snapshot.services),

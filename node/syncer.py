@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from netaddr import IPNetwork
@@ -26,6 +26,9 @@ from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
 
 log = logging.getLogger("podwire.sync")
+
+ROUTE_RETRY_SECONDS = 5.0
+"""How long a route that the kernel refused waits: its gateway's link may come up only now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,6 @@ class Status:
     routes: tuple[NodeRoute, ...] = ()
     problems: tuple[str, ...] = ()
     node_deleting: bool = False
-    durations: list[float] = field(default_factory=list)
 
 
 class Syncer:
@@ -63,6 +65,7 @@ class Syncer:
         self._snapshot = EMPTY
         self._loaded = False
         self._node_problems: tuple[str, ...] = ()
+        self._routes_refused = False
         self.table = FrontendTable()
         self.status = Status()
 
@@ -91,18 +94,23 @@ class Syncer:
         snapshot = pending.snapshot
         changes = self._update_table(snapshot, pending.services)
         self._snapshot = snapshot
-        if not self._loaded or pending.nodes:
+        # Until all of it is done, the kernel may lack what the table has.
+        loaded, self._loaded = self._loaded, False
+        if not loaded or pending.nodes:
             self._sync_node(snapshot)
-            self._loaded = self._loaded and self._families() <= self._dataplanes.keys()
-        if self._loaded:
-            try:
-                self._apply(changes, snapshot if pending.nodes else None)
-            except Exception:
-                self._loaded = False
-                raise
+        if loaded and self._families() <= self._dataplanes.keys():
+            self._apply(changes, snapshot if pending.nodes else None)
         else:
             self._load(snapshot)
+        self._loaded = True
         self._report(snapshot)
+
+    def again(self) -> Pending | None:
+        """Return a change that tries refused routes once more, when it is time for that."""
+        now = self._clock()
+        if not self._routes_refused or now - self.status.last_sync < ROUTE_RETRY_SECONDS:
+            return None
+        return Pending(self._snapshot, frozenset(), nodes=True, since=time.monotonic())
 
     def _update_table(self, snapshot: Snapshot, services: Iterable[ObjectName]) -> list[Change]:
         changes: list[Change] = []
@@ -121,7 +129,6 @@ class Syncer:
             adopted = dataplane.load((f for f in self.table if f.key.family is family), ranges)
             how = "adopted what the kernel had" if adopted else "made a new table"
             log.info("%s service proxy: %s, %d elements", family.keyword, how, dataplane.elements)
-        self._loaded = True
 
     def _families(self) -> set[Family]:
         """Return the IP families that this node serves: IPv4, and what its podCIDRs have."""
@@ -141,12 +148,16 @@ class Syncer:
         """Set what depends on nodes: routes, the bridge, and the settings that the CNI plugin works by."""
         me = self._config.node
         routes, problems = plan(snapshot.nodes, me, underlay.observe(self._rtnl))
-        changed = underlay.sync_routes(self._rtnl, (r.route for r in routes))
+        if self._config.mode is Mode.BRIDGE:
+            # The bridge's own route to our range would come second to an unreachable one.
+            routes = tuple(r for r in routes if r.node != me)
+        changed, refused = underlay.sync_routes(self._rtnl, (r.route for r in routes))
+        self._routes_refused = bool(refused)
         if changed:
             log.info("routes: %d changed, %d in all", changed, len(routes))
         node = snapshot.nodes.get(me)
         cidrs = tuple(IPNetwork(c) for c in node.pod_cidrs) if node else ()
-        found = list(problems)
+        found = [*problems, *refused]
         if not cidrs:
             found.append(f"node {me} has no podCIDR yet: pods cannot be added")
         else:

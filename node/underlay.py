@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from ipaddress import ip_interface
 from pathlib import Path
@@ -39,7 +40,7 @@ def observe(rtnl: Rtnl) -> Underlay:
     )
     gateways = {
         6 if ":" in route.gateway else 4: route.gateway
-        for route in rtnl.routes()
+        for route in reversed(rtnl.routes())  # the kernel lists the preferred one first; here the last counts
         if route.gateway and route.destination in ("0.0.0.0/0", "::/0")
     }
     return Underlay(subnets, gateways)
@@ -55,22 +56,52 @@ def egress_mtu(rtnl: Rtnl) -> int:
     return min(physical, default=DEFAULT_MTU)
 
 
-def sync_routes(rtnl: Rtnl, wanted: Iterable[Route]) -> int:
-    """Make the kernel's routes with our protocol number exactly these; return how many were changed.
+def sync_routes(rtnl: Rtnl, wanted: Iterable[Route]) -> tuple[int, list[str]]:
+    """Make the kernel's routes with our protocol number exactly these.
 
-    Pod routes, which lead to an interface and not to a gateway, are the CNI plugin's and stay.
+    Return how many were changed, and a sentence for each that could not be set: the others are. Pod routes,
+    which lead to an interface and not to a gateway, are the CNI plugin's and stay. So does somebody else's
+    route to one of the destinations: replacing it would take it from them.
     """
-    there = {_key(r): r for r in rtnl.routes(ROUTE_PROTOCOL) if r.gateway or _unreachable(r)}
+    present = rtnl.routes()
+    ours = (r for r in present if r.protocol == ROUTE_PROTOCOL)
+    there = {_key(r): r for r in ours if r.gateway or _unreachable(r)}
+    foreign = {r.destination: r.protocol for r in present if r.protocol != ROUTE_PROTOCOL}
+    for destination, _ in there:
+        foreign.pop(destination, None)
     here = {_key(r): r for r in wanted}
+    taken = [r for r in here.values() if r.destination in foreign]
     gone = [r for k, r in there.items() if k not in here]
+    new = [r for k, r in here.items() if k not in there and r not in taken]
     # A route to a destination is replaced in place; only what nothing replaces is removed.
     kept = {r.destination for r in here.values()}
-    new = [r for k, r in here.items() if k not in there]
     for route in gone:
         if route.destination not in kept:
             _forget(rtnl, route)
-    rtnl.commit(*(route_replace(r) for r in new))
-    return len(gone) + len(new)
+    refused = _set(rtnl, new)
+    problems = [
+        f"{_sentence(r)}: one of route protocol {foreign[r.destination]} is there, which stays" for r in taken
+    ]
+    return len(gone) + len(new) - len(refused), [*problems, *refused]
+
+
+def _set(rtnl: Rtnl, routes: list[Route]) -> list[str]:
+    """Set routes, all in one write; when the kernel refuses, one by one, to say which and why."""
+    try:
+        rtnl.commit(*(route_replace(r) for r in routes))
+        return []
+    except NetlinkError:
+        refused = []
+    for route in routes:
+        try:
+            rtnl.commit(route_replace(route))
+        except NetlinkError as error:
+            refused.append(f"{_sentence(route)}: {os.strerror(error.errno or 0)}")
+    return refused
+
+
+def _sentence(route: Route) -> str:
+    return f"no route to {route.destination}" + (f" via {route.gateway}" if route.gateway else "")
 
 
 def _key(route: Route) -> tuple[str, str | None]:

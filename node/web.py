@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
 Page = Callable[[], tuple[int, str, bytes]]
 """Returns status, content type and body."""
@@ -38,6 +40,10 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
+    def server_bind(self) -> None:
+        """Listen without asking DNS for a name: it may be this node's services that DNS waits for."""
+        TCPServer.server_bind(self)
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Stay silent when a client goes away in the middle of an answer."""
 
@@ -63,8 +69,10 @@ def serving(address: str, pages: Mapping[str, Page]) -> Iterator[None]:
         return
     host, _, port = address.rpartition(":")
     handler = type("Handler", (_Handler,), {"pages": pages})
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    kind = type("Server", (_Server,), {"address_family": family})
     try:
-        server = _Server((host.strip("[]"), int(port)), handler)
+        server = kind((host.strip("[]"), int(port)), handler)
     except OSError as error:
         raise OSError(error.errno, f"cannot listen on {address}: {error.strerror}") from error
     thread = threading.Thread(

@@ -88,8 +88,7 @@ def frontends(service: Service, slices: Sequence[EndpointSlice], node: str) -> t
 
 def _families(service: Service) -> Iterator[tuple[Family, list[str]]]:
     for family in Family:
-        separator = ":" if family is Family.V6 else "."
-        addresses = [a for a in service.cluster_ips if separator in a]
+        addresses = [a for a in service.cluster_ips if (":" in a) == (family is Family.V6)]
         if addresses:
             yield family, addresses
 

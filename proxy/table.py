@@ -76,8 +76,8 @@ class FrontendTable:
         """Set what one service claims of a key, and decide who has it."""
         holder = self._winners.get(key)
         waiting = self._waiting.pop(key, [])
-        others = [f for f in ([holder, *waiting] if holder else waiting) if not _belongs(f, service)]
-        claims = sorted([*others, claim] if claim else others, key=lambda f: f.service)
+        others = [f for f in ([holder, *waiting] if holder else waiting) if _owner(f) != str(service)]
+        claims = sorted([*others, claim] if claim else others, key=_owner)
         if not claims:
             self._winners.pop(key, None)
             return
@@ -86,9 +86,9 @@ class FrontendTable:
             self._waiting[key] = claims[1:]
 
 
-def _belongs(frontend: Frontend, service: ObjectName) -> bool:
-    name = str(service)
-    return frontend.service == name or frontend.service.startswith(name + ":")
+def _owner(frontend: Frontend) -> str:
+    """Return "namespace/name" of a frontend's service, without the port's name."""
+    return frontend.service.partition(":")[0]
 
 
 def _place(key: FrontendKey) -> str:

@@ -6,11 +6,10 @@ is wrong. Only complete writes are looked at: closed after writing, moved in, mo
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import yaml
@@ -18,16 +17,38 @@ from inotify_simple import INotify, flags
 
 from node.sources.objects import Object, ObjectError, identity, parse
 
-log = logging.getLogger("podwire.manifests")
-
 SUFFIXES = (".yaml", ".yml", ".json")
 EVENTS = flags.CLOSE_WRITE | flags.MOVED_TO | flags.MOVED_FROM | flags.DELETE | flags.ONLYDIR
 Identity = tuple[str, str]
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DEEPEST = 100
+"""Levels of nesting: no Kubernetes object comes near, and libyaml's recursion would overrun the stack."""
+
+Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
 class SourceError(Exception):
     """The folder cannot be followed."""
+
+
+class Loader(Base):  # type: ignore[misc]
+    """YAML as Kubernetes reads it: a timestamp is a string; and never nested too deep to be read safely."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
+        first: [r for r in resolvers if r[0] != TIMESTAMP]
+        for first, resolvers in Base.yaml_implicit_resolvers.items()
+    }
+    _depth = 0
+
+    def descend_resolver(self, current_node: Any, current_index: Any) -> None:
+        """Count a level; PyYAML calls this for each node that it enters."""
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.YAMLError(f"nested more than {DEEPEST} levels deep")
+
+    def ascend_resolver(self) -> None:
+        """Leave a level."""
+        self._depth -= 1
 
 
 @dataclass(slots=True)
@@ -54,14 +75,24 @@ class ManifestFolder:
         self._folder = folder
         self._files: dict[Path, _File] = {}
 
-    def read(self) -> Content:
-        """Read what is new or changed since the last call; return all."""
-        present = {p: s for p in self._paths() if (s := _signature(p))}
+    def read(self, written: Set[str] = frozenset()) -> Content:
+        """Read what is new or changed since the last call, and what was `written` (names); return all.
+
+        While the folder itself cannot be read, what it said last still counts.
+        """
+        try:
+            paths = self._paths()
+        except OSError as error:
+            sentence = f"the folder {self._folder} cannot be read ({error.strerror}): its last content counts"
+            content = self._content()
+            return Content(content.objects, (sentence, *content.problems))
+        present = {p: s for p in paths if (s := _signature(p))}
         for gone in self._files.keys() - present.keys():
             del self._files[gone]
         for path, signature in present.items():
             known = self._files.get(path)
-            if known is None or known.signature != signature:
+            # Two writes within a tick of the file system's clock can leave the same signature.
+            if known is None or known.signature != signature or path.name in written:
                 self._files[path] = _read(path, signature, known)
         return self._content()
 
@@ -70,21 +101,30 @@ class ManifestFolder:
         if not self._folder.is_dir():
             raise SourceError(f"--source {self._folder} is not a folder")
         with INotify() as inotify:
-            inotify.add_watch(self._folder, EVENTS)
+            watched = self._watch(inotify)
             deliver(self.read())
             while not stopped():
                 # A short wait after the first event gathers the files of one copy into one change.
-                if inotify.read(timeout=500, read_delay=5):
-                    deliver(self.read())
+                events = inotify.read(timeout=500, read_delay=5)
+                moved = _inode(self._folder) != watched
+                if moved:
+                    watched = self._watch(inotify)
+                if events or moved:
+                    deliver(self.read({event.name for event in events}))
+
+    def _watch(self, inotify: INotify) -> int | None:
+        """Watch what is at the folder's path now; return its inode, None when there is nothing."""
+        try:
+            found = _inode(self._folder)
+            inotify.add_watch(self._folder, EVENTS)
+        except OSError:
+            return None
+        return found
 
     def _paths(self) -> list[Path]:
-        try:
-            return sorted(
-                p for p in self._folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".")
-            )
-        except OSError as error:
-            log.error("the folder %s cannot be read: %s", self._folder, error.strerror)
-            return sorted(self._files)
+        return sorted(
+            p for p in self._folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".")
+        )
 
     def _content(self) -> Content:
         objects: dict[Identity, Object] = {}
@@ -109,12 +149,17 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
+def _inode(path: Path) -> int | None:
+    signature = _signature(path)
+    return signature[2] if signature else None
+
+
 def _read(path: Path, signature: tuple[int, int, int], before: _File | None) -> _File:
     """Read one file; where it is wrong, keep what it said before."""
     known = before.objects if before else {}
     try:
         documents = list(_documents(path))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except Exception as error:  # PyYAML's constructors raise what they please for what people write
         what = " ".join(str(error).split())
         return _File(signature, known, [f"{path.name}: not readable as YAML or JSON: {what}"])
     found = _File(signature)
@@ -136,6 +181,9 @@ def _documents(path: Path) -> Iterator[Any]:
     loaded = [msgspec.json.decode(data)] if path.suffix == ".json" else yaml.load_all(data, Loader)
     for document in loaded:
         if isinstance(document, dict) and str(document.get("kind", "")).endswith("List"):
-            yield from document.get("items") or []
+            items = document.get("items") or []
+            if not isinstance(items, list):
+                raise ValueError(f"items of {document['kind']} is not a list")
+            yield from items
         elif document is not None:
             yield document

@@ -5,6 +5,8 @@ Only the fields that matter here are read, as the Kubernetes API defines them; u
 
 from __future__ import annotations
 
+import re
+import reprlib
 from ipaddress import ip_address
 from typing import Any
 
@@ -28,6 +30,9 @@ SERVICE_OF_SLICE = "kubernetes.io/service-name"
 OTHER_PROXY = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
 CLUSTER_AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
+
+PLAIN = re.compile(r"[A-Za-z0-9._-]+")
+PATH_STEP = re.compile(r"\.(\w+)|\[(?:(\d+)|\.\.\.)\]")
 
 Object = Service | EndpointSlice | Node
 
@@ -150,8 +155,13 @@ def identity(document: Any) -> tuple[str, str]:
         return type(document).__name__, "?"
     metadata = document.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    kind, name = str(document.get("kind")), str(metadata.get("name"))
-    return kind, name if kind == "Node" else f"{metadata.get('namespace') or 'default'}/{name}"
+    kind, name = _word(document.get("kind")), _word(metadata.get("name"))
+    return kind, name if kind == "Node" else f"{_word(metadata.get('namespace') or 'default')}/{name}"
+
+
+def _word(value: Any) -> str:
+    """Return a name as it can stand in a sentence, whatever the document has there."""
+    return value if isinstance(value, str) and value.isprintable() else "?"
 
 
 def parse(document: Any) -> Object | None:
@@ -166,12 +176,37 @@ def parse(document: Any) -> Object | None:
         return None
     try:
         return parsers[kind](document)
-    except (msgspec.ValidationError, RangeError, ValueError) as error:
+    except msgspec.ValidationError as error:
+        raise ObjectError(f"{kind} {name}: {_mismatch(str(error), document)}") from error
+    except (RangeError, ValueError) as error:
         raise ObjectError(f"{kind} {name}: {error}") from error
 
 
+def _mismatch(message: str, document: Any) -> str:
+    """Return msgspec's message as "field value: what is wrong"."""
+    what, _, path = message.partition(" - at ")
+    path = path.removesuffix("`").rpartition("`$")[2]
+    value = document
+    for name, index in PATH_STEP.findall(path):
+        value = value[int(index)] if index else value.get(name) if name else None
+        if value is None:  # inside a mapping with keys of any kind, which msgspec shows as [...]
+            break
+    field = path.lstrip(".")
+    short = isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() <= 64)
+    shown = f" {reprlib.repr(value)}" if short else ""
+    return f"{field}{shown}: {what}" if field else what
+
+
 def _name(meta: WireMeta) -> ObjectName:
-    return ObjectName(meta.namespace or "default", meta.name)
+    namespace = _plain("metadata.namespace", meta.namespace or "default")
+    return ObjectName(namespace, _plain("metadata.name", meta.name))
+
+
+def _plain(field: str, value: str) -> str:
+    """Return a name if it has only characters that a Kubernetes name can have: it becomes part of others."""
+    if not PLAIN.fullmatch(value):
+        raise ValueError(f"{field} {value!r} is not a name of letters, digits, '-', '_' and '.'")
+    return value
 
 
 def _service(document: Any) -> Service | None:
@@ -197,7 +232,8 @@ def _service(document: Any) -> Service | None:
 def _service_port(field: str, wire: WireServicePort) -> ServicePort:
     node_port = _port(f"{field}.nodePort", wire.node_port) if wire.node_port else 0
     protocol = _protocol(f"{field}.protocol", wire.protocol)
-    return ServicePort(wire.name or "", protocol, _port(f"{field}.port", wire.port), node_port)
+    name = _plain(f"{field}.name", wire.name) if wire.name else ""
+    return ServicePort(name, protocol, _port(f"{field}.port", wire.port), node_port)
 
 
 def _slice(document: Any) -> EndpointSlice | None:
@@ -238,7 +274,7 @@ def _node(document: Any) -> Node:
     cidrs = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
     taints = {t.key for t in spec.taints or []}
     return Node(
-        name=wire.metadata.name,
+        name=_plain("metadata.name", wire.metadata.name),
         pod_cidrs=tuple(str(c) for c in parse_pod_cidrs(cidrs)),
         addresses=tuple(
             _address(f"status.addresses[{i}].address", a.address)
@@ -252,6 +288,8 @@ def _node(document: Any) -> Node:
 def _address(field: str, value: str, family: Family | None = None) -> str:
     try:
         address = ip_address(value)
+        if "%" in value:  # an IPv6 zone means something on one machine only
+            raise ValueError
     except ValueError:
         raise ValueError(f"{field} {value!r} is not an IP address") from None
     if family and address.version != family.value:

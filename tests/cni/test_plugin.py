@@ -223,7 +223,7 @@ def test_a_full_range_says_so_and_works_again_after_one_del(runtime: Runtime, de
     assert addresses == [f"10.1.0.{last}" for last in range(2, 7)]
     code, sentence = runtime.refused("ADD", "c5")
     assert code == 11
-    assert "no free pod address in 10.1.0.0/29 (5 addresses)" in sentence
+    assert "no free pod address in podCIDR 10.1.0.0/29 (5 addresses)" in sentence
     runtime.delete("c3")
     states = [a.state for a in runtime.ledger.attachments()]
     assert states.count(State.RELEASED) == (1 if deferred else 0)
@@ -340,7 +340,12 @@ BAD: dict[str, tuple[dict[str, str], bytes, int, str]] = {
     "version": (GOOD, stdin(cniVersion="9.9.9"), 1, "cniVersion '9.9.9' is not supported"),
     "no name": (GOOD, stdin(name=""), 7, "name is missing from the network configuration"),
     "previous result": (GOOD, stdin(prevResult=5), 7, "prevResult is 5, which is not an object"),
-    "namespace": (GOOD | {"CNI_NETNS": "/dev/null"}, stdin(), 3, "CNI_NETNS is not a network namespace"),
+    "namespace": (
+        GOOD | {"CNI_NETNS": "/dev/null"},
+        stdin(),
+        3,
+        "CNI_NETNS /dev/null is not a network namespace",
+    ),
 }
 
 

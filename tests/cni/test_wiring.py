@@ -338,6 +338,6 @@ def test_a_namespace_that_is_gone_is_named(pair: Pair) -> None:
 def test_a_plain_file_is_not_a_namespace(pair: Pair, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(NoNamespace, match="CNI_NETNS is not a network namespace"):
+    with pytest.raises(NoNamespace, match="is not a network namespace"):
         netns.run(pair.node, wiring.attach, planned(), str(file))
     pair.assert_nothing_is_left(planned())

@@ -127,8 +127,8 @@ def test_a_full_range_says_so_and_names_what_is_on_its_way_out(ledger: Ledger) -
     with pytest.raises(Exhausted) as caught:
         reserve(ledger, "c6")
     assert (
-        str(caught.value)
-        == "no free pod address in 10.1.0.0/29 (5 addresses); waiting for their link to go: 1"
+        str(caught.value) == "no free pod address in podCIDR 10.1.0.0/29 (5 addresses), "
+        "1 of them free as soon as their links are gone"
     )
     assert caught.value.releasing == (going,)
     four, six = ledger.usage(CIDRS)

@@ -1,0 +1,32 @@
+"""Whose address is replaced on the way out: nobody's inside the cluster."""
+
+from __future__ import annotations
+
+from node.masquerade import ALWAYS_KEPT, ranges
+from proxy.model import Node
+from proxy.nftables.dataplane import NodeRanges
+
+NODES = {
+    "node1": Node("node1", ("10.244.1.0/24", "fd00:1::/64"), ("192.168.50.11", "fd00:50::11")),
+    "node2": Node("node2", ("10.244.2.0/24",), ("192.168.50.12",)),
+}
+
+
+def test_pods_and_nodes_are_exempt_and_so_is_what_the_user_names() -> None:
+    assert ranges(NODES, "node1", ("10.0.0.0/8",)) == NodeRanges(
+        pod_cidrs=("10.244.1.0/24", "fd00:1::/64", "10.244.2.0/24"),
+        local_pod_cidrs=("10.244.1.0/24", "fd00:1::/64"),
+        no_masquerade=(
+            "10.244.1.0/24", "fd00:1::/64", "10.244.2.0/24",
+            "192.168.50.11/32", "fd00:50::11/128", "192.168.50.12/32", *ALWAYS_KEPT, "10.0.0.0/8",
+        ),
+    )  # fmt: skip
+
+
+def test_without_nodes_only_link_local_and_multicast_are_exempt() -> None:
+    assert ranges({}, "node1") == NodeRanges(no_masquerade=ALWAYS_KEPT)
+
+
+def test_a_range_that_counts_for_nobody_is_not_exempt() -> None:
+    wrong = Node("node9", ("10.244.0.0/16",), ())
+    assert ranges(NODES | {"node9": wrong}, "node1") == ranges(NODES, "node1")

@@ -1,0 +1,188 @@
+"""What the kernel refused once is tried again, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cni.wiring import Mode
+from ipam.ledger import Ledger, LedgerError
+from netlink import netns
+from netlink.family import Family
+from netlink.nftables.batch import DeleteTable, Nft
+from netlink.requests import (
+    ROUTE_PROTOCOL,
+    Route,
+    Veth,
+    address_add,
+    link_up,
+    route_delete,
+    route_replace,
+    veth_add,
+)
+from netlink.rtnl import Rtnl
+from node.sources.objects import Object
+from node.store import Store
+from node.syncer import ROUTE_RETRY_SECONDS, SyncConfig, Syncer
+from proxy.model import Node, ObjectName, Protocol, Service, ServicePort
+from proxy.nftables.ruleset import SERVICES, TABLE
+
+ME = Node("node1", ("10.244.1.0/24",), ("192.168.50.11",))
+PEER = Node("node2", ("10.244.2.0/24",), ("192.168.50.12",))
+WEB = Service(ObjectName("shop", "web"), ("10.96.0.1",), (ServicePort("", Protocol.TCP, 80),))
+MORE = Service(ObjectName("shop", "more"), ("10.96.0.2",), (ServicePort("", Protocol.TCP, 80),))
+ROUTED = SyncConfig("node1", Mode.ROUTED)
+
+
+class FailingLedger(Ledger):
+    """A ledger whose disk is full while `full`."""
+
+    full = False
+
+    def save_settings(self, values: object) -> None:
+        if self.full:
+            raise LedgerError("ledger is full")
+        super().save_settings(values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def node(namespaces: Callable[[], str]) -> str:
+    name = namespaces()
+    netns.run(name, _configure)
+    return name
+
+
+def _configure() -> None:
+    with Rtnl() as rtnl:
+        rtnl.commit(link_up(1), veth_add(Veth("eth0", "wire")))
+        index = {link.name: link.index for link in rtnl.links()}
+        rtnl.commit(link_up(index["wire"]), address_add(index["eth0"], "192.168.50.11/24"))
+
+
+def replace(store: Store, *values: Object) -> None:
+    store.replace({(type(v).__name__, str(v.name)): v for v in values})
+
+
+def sync(syncer: Syncer, store: Store) -> None:
+    pending = store.take(0)
+    assert pending
+    syncer.sync(pending)
+
+
+def verdicts(family: Family = Family.V4) -> int:
+    with Nft(family, TABLE) as nft:
+        return len(nft.elements(SERVICES.verdicts))
+
+
+def gateways() -> dict[str, str | None]:
+    with Rtnl() as rtnl:
+        return {r.destination: r.gateway for r in rtnl.routes(ROUTE_PROTOCOL)}
+
+
+def test_a_change_whose_node_part_fails_is_in_the_kernel_after_the_next(node: str, tmp_path: Path) -> None:
+    def inside() -> None:
+        store = Store()
+        with FailingLedger(tmp_path / "ledger.db", boot_id="b") as ledger, Syncer(ROUTED, ledger) as syncer:
+            replace(store, ME, WEB)
+            sync(syncer, store)
+            ledger.full = True
+            replace(store, ME, PEER, WEB, MORE)
+            with pytest.raises(LedgerError):
+                sync(syncer, store)
+            ledger.full = False
+            replace(store, ME, WEB, MORE)
+            sync(syncer, store)
+            assert verdicts() == 2
+            assert {f.service for f in syncer.frontends} == {"shop/web", "shop/more"}
+
+    netns.run(node, inside)
+
+
+def test_a_batch_that_the_kernel_refuses_leads_to_a_full_comparison(node: str, tmp_path: Path) -> None:
+    def inside() -> None:
+        store = Store()
+        with Ledger(tmp_path / "ledger.db", boot_id="b") as ledger, Syncer(ROUTED, ledger) as syncer:
+            replace(store, ME, WEB)
+            sync(syncer, store)
+            with Nft(Family.V4, TABLE) as nft:
+                nft.commit([DeleteTable()])
+            replace(store, ME, WEB, MORE)
+            with pytest.raises(OSError, match="cannot"):
+                sync(syncer, store)
+            replace(store, ME, PEER, WEB, MORE)
+            sync(syncer, store)
+            assert verdicts() == 2
+
+    netns.run(node, inside)
+
+
+def test_a_refused_route_is_tried_again_after_a_while(node: str, tmp_path: Path) -> None:
+    foreign = Route("10.244.2.0/24", gateway="192.168.50.77", protocol=4)
+
+    def inside() -> None:
+        now = 1000.0
+        with Rtnl() as rtnl, Ledger(tmp_path / "ledger.db", boot_id="b") as ledger:
+            rtnl.commit(route_replace(foreign))
+            store = Store()
+            with Syncer(ROUTED, ledger, clock=lambda: now) as syncer:
+                replace(store, ME, PEER, WEB)
+                sync(syncer, store)
+                assert len(list(syncer.status.problems)) == 1
+                assert syncer.again() is None, "too early"
+                rtnl.commit(route_delete(foreign))
+                now += ROUTE_RETRY_SECONDS
+                again = syncer.again()
+                assert again
+                syncer.sync(again)
+                assert gateways()["10.244.2.0/24"] == "192.168.50.12"
+                assert not list(syncer.status.problems)
+                now += ROUTE_RETRY_SECONDS
+                assert syncer.again() is None, "nothing left to try"
+
+    netns.run(node, inside)
+
+
+def test_in_bridge_mode_our_own_range_leads_to_the_bridge(node: str, tmp_path: Path) -> None:
+    def inside() -> None:
+        store = Store()
+        config = SyncConfig("node1", Mode.BRIDGE)
+        with Ledger(tmp_path / "ledger.db", boot_id="b") as ledger, Syncer(config, ledger) as syncer:
+            for values in ((ME, PEER), (ME, PEER, WEB), (ME,)):
+                replace(store, *values)
+                sync(syncer, store)
+                found = subprocess.run(
+                    ["ip", "route", "get", "10.244.1.7"], capture_output=True, text=True, check=True
+                ).stdout
+                assert found.startswith("10.244.1.7 dev podwire0 ")
+
+    netns.run(node, inside)
+
+
+def test_a_second_family_gets_its_table_when_the_node_gets_its_range(node: str, tmp_path: Path) -> None:
+    six = Service(ObjectName("shop", "six"), ("fd00:96::1",), (ServicePort("", Protocol.TCP, 80),))
+
+    def inside() -> None:
+        store = Store()
+        with Ledger(tmp_path / "ledger.db", boot_id="b") as ledger, Syncer(ROUTED, ledger) as syncer:
+            replace(store, ME, WEB, six)
+            sync(syncer, store)
+            replace(store, Node("node1", ("10.244.1.0/24", "fd00:1::/64"), ("192.168.50.11",)), WEB, six)
+            sync(syncer, store)
+            assert verdicts(Family.V6) == 1
+
+    netns.run(node, inside)
+
+
+def test_a_node_without_range_serves_services_and_says_what_is_missing(node: str, tmp_path: Path) -> None:
+    def inside() -> None:
+        store = Store()
+        with Ledger(tmp_path / "ledger.db", boot_id="b") as ledger, Syncer(ROUTED, ledger) as syncer:
+            replace(store, WEB)
+            sync(syncer, store)
+            assert verdicts() == 1
+            assert syncer.status.problems == ("node node1 has no podCIDR yet: pods cannot be added",)
+
+    netns.run(node, inside)

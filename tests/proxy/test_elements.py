@@ -1,0 +1,188 @@
+"""Map elements: deltas lead from one version to the next; interval sets hold what they should."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netlink.family import Family
+from netlink.nftables.objects import Elements, Goto
+from proxy.frontends import Action, Backend, Frontend, FrontendKey, Masquerade, Origin
+from proxy.model import Protocol
+from proxy.nftables.elements import Delta, Pairs, delta, hairpin, intervals, key_bytes, kind_of, verdict
+from proxy.nftables.ruleset import KINDS
+
+V4, V6 = Family.V4, Family.V6
+
+
+def a_key(family: Family = V4, address: str = "10.96.0.1", origin: Origin = Origin.ANY) -> FrontendKey:
+    return FrontendKey(family, address, Protocol.UDP, 53, origin)
+
+
+def test_a_key_is_encoded_as_the_registers_hold_it() -> None:
+    assert key_bytes(a_key()) == bytes((10, 96, 0, 1, 17, 0, 0, 0, 0, 53, 0, 0))
+    assert key_bytes(a_key(V6, "fd00::1")) == bytes.fromhex(
+        "fd0000000000000000000000000000011100000000350000"
+    )
+    assert key_bytes(a_key(address="")) == bytes((17, 0, 0, 0, 0, 53, 0, 0))
+
+
+def test_a_hairpin_is_an_address_with_itself() -> None:
+    assert hairpin(V4, "10.0.0.1") == (bytes((10, 0, 0, 1, 10, 0, 0, 1)), None)
+    assert len(hairpin(V6, "fd00::1")[0]) == 32
+
+
+@pytest.mark.parametrize(
+    ("action", "endpoints", "goto"),
+    [
+        (Action.BALANCE, 2, Goto("services_2_masquerade_off_cluster")),
+        (Action.REJECT, 0, Goto("reject_no_endpoints")),
+        (Action.DROP, 0, Goto("")),
+    ],
+)
+def test_an_action_is_a_verdict(action: Action, endpoints: int, goto: Goto) -> None:
+    backends = tuple(Backend(f"10.0.0.{i}", 53, False) for i in range(endpoints))
+    assert verdict(Frontend(a_key(), "ns/dns", action, Masquerade.OFF_CLUSTER, backends)) == goto
+
+
+def test_the_kind_is_where_a_packet_looks_first() -> None:
+    found = [kind_of(k) for k in (a_key(), a_key(address="", origin=Origin.INTERNAL), a_key(address=""))]
+    assert found == list(KINDS)
+
+
+def test_a_new_endpoint_address_writes_no_verdict() -> None:
+    """Verdicts make the kernel look at the whole table again; endpoints do not."""
+    old, new = (
+        Frontend(a_key(), "ns/dns", Action.BALANCE, Masquerade.NEVER, (Backend(address, 53, False),))
+        for address in ("10.0.0.1", "10.0.0.2")
+    )
+    found = delta(old, new)
+    assert (found.old_verdicts, found.new_verdicts) == ([], [])
+    assert (len(found.old_endpoints), len(found.new_endpoints)) == (1, 1)
+
+
+def frontends(key: FrontendKey) -> st.SearchStrategy[Frontend | None]:
+    address = (
+        st.ip_addresses(v=key.family.value).map(str)
+        if key.family is V4
+        else st.sampled_from("12").map("fd::{}".format)
+    )
+    backends = st.lists(st.builds(Backend, address, st.integers(1, 65535), st.booleans()), max_size=5)
+
+    def made(endpoints: list[Backend], empty: Action, masquerade: Masquerade) -> Frontend:
+        action = Action.BALANCE if endpoints else empty
+        return Frontend(key, "ns/dns", action, masquerade, tuple(endpoints))
+
+    return st.none() | st.builds(
+        made, backends, st.sampled_from([Action.REJECT, Action.DROP]), st.sampled_from(Masquerade)
+    )
+
+
+all_keys = st.sampled_from([a_key(), a_key(V6, "fd00::1"), a_key(address=""), a_key(V6, "", Origin.INTERNAL)])
+
+
+def elements(frontend: Frontend | None) -> tuple[Elements, Elements]:
+    if frontend is None:
+        return {}, {}
+    found = delta(None, frontend)
+    assert (found.old_verdicts, found.old_endpoints) == ([], [])
+    return dict(found.new_verdicts), dict(found.new_endpoints)
+
+
+def applied(held: Elements, removed: Pairs, added: Pairs) -> Elements:
+    """Apply as the kernel does: what goes must be there, as it is said to be; what comes must not."""
+    held = dict(held)
+    for key, data in removed:
+        assert held.pop(key) == data
+    for key, data in added:
+        assert key not in held
+        held[key] = data
+    return held
+
+
+@given(all_keys.flatmap(lambda k: st.tuples(frontends(k), frontends(k))))
+def test_a_delta_leads_from_one_version_to_the_other(pair: tuple[Frontend | None, Frontend | None]) -> None:
+    old, new = pair
+    if old is None and new is None:
+        return
+    found: Delta = delta(old, new)
+    verdicts, endpoints = elements(old)
+    assert (
+        applied(verdicts, found.old_verdicts, found.new_verdicts),
+        applied(endpoints, found.old_endpoints, found.new_endpoints),
+    ) == elements(new)
+
+
+@given(all_keys.flatmap(frontends))
+def test_an_unchanged_frontend_has_an_empty_delta(frontend: Frontend | None) -> None:
+    if frontend:
+        assert delta(frontend, frontend) == Delta([], [], [], [])
+
+
+def holds(found: Elements, address: int, family: Family) -> bool:
+    """Whether an interval set holds an address, as the kernel reads it: the nearest element below decides."""
+    marks = sorted((int.from_bytes(k[:-1], "big"), k[-1]) for k in found)
+    assert all(len(k) == family.size + 1 for k in found)
+    place = bisect_right([m for m, _ in marks], address)
+    return place > 0 and marks[place - 1][1] == 0
+
+
+def cidrs(family: Family) -> st.SearchStrategy[str]:
+    """CIDRs close together, so that they meet, overlap and reach the ends of the address space."""
+    near = st.builds(
+        lambda offset, length: (offset << (family.bits - 6), length),
+        st.integers(0, 63),
+        st.integers(0, 8),
+    )
+    narrow = st.builds(
+        lambda low, top, length: (((1 << family.bits) - 1 - low) if top else low, length),
+        st.integers(0, 40),
+        st.booleans(),
+        st.integers(family.bits - 4, family.bits),
+    )
+    kind = type(ip_address("0.0.0.0" if family is V4 else "::"))
+    return (near | narrow).map(lambda c: str(ip_network(f"{kind(c[0])}/{c[1]}", strict=False)))
+
+
+def edges(found: Iterable[str], family: Family) -> set[int]:
+    """Addresses at and around the ends of the ranges, and of the whole space."""
+    places = {0, (1 << family.bits) - 1}
+    for cidr in found:
+        network = ip_network(cidr)
+        first, last = int(network.network_address), int(network.broadcast_address)
+        places |= {first - 1, first, (first + last) // 2, last, last + 1}
+    return {p for p in places if 0 <= p < 1 << family.bits}
+
+
+@given(
+    st.sampled_from(Family).flatmap(
+        lambda f: st.tuples(
+            st.just(f), st.lists(cidrs(f), max_size=8), st.lists(cidrs(V6 if f is V4 else V4))
+        )
+    )
+)
+def test_an_interval_set_holds_exactly_the_addresses_of_its_cidrs(
+    drawn: tuple[Family, list[str], list[str]],
+) -> None:
+    family, own, others = drawn
+    found = intervals(family, [*own, *others])
+    networks = [ip_network(c) for c in own]
+    for address in edges(own, family):
+        naive = any(int(n.network_address) <= address <= int(n.broadcast_address) for n in networks)
+        assert holds(found, address, family) == naive
+    marks = sorted((k[:-1], k[-1]) for k in found)
+    assert [m for _, m in marks] == [i % 2 for i in range(len(marks))], "starts and ends take turns"
+
+
+def test_neighbours_are_joined_and_the_last_address_has_no_end() -> None:
+    def marks(*found: str) -> list[tuple[str, int]]:
+        return [(str(ip_address(k[:-1])), k[-1]) for k in intervals(V4, found)]
+
+    assert marks("10.0.1.0/24", "10.0.0.0/24") == [("10.0.0.0", 0), ("10.0.2.0", 1)]
+    assert marks("255.255.255.0/24") == [("255.255.255.0", 0)]
+    assert marks("0.0.0.0/0", "10.0.0.0/8") == [("0.0.0.0", 0)]
