@@ -130,6 +130,7 @@ class Plugin:
         Links that are still on their way out are removed here if the request has to wait for them.
         """
         key = Key(request.container_id, request.ifname)
+        tried_before = self.ledger.get(key) is not None
         for last in (False, True):
             try:
                 attachment = self.ledger.reserve(
@@ -154,8 +155,8 @@ class Plugin:
                     else:
                         finish(self.ledger, self.state_dir, attachment.key)
             else:
-                # An earlier try that died left its link, or none; a fresh reservation finds none.
-                wiring.remove(attachment.host_ifname)
+                if tried_before:  # and died: its link may be there
+                    wiring.remove(attachment.host_ifname)
                 return attachment, False
         raise LedgerError(f"the attachment of {key.container_id} is still being released")
 

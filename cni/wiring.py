@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -241,7 +242,11 @@ def _configure_pod(link: PodLink) -> None:
 def _refuse_router_advertisements(ifname: str) -> None:
     """Keep a pod from steering anybody's IPv6 traffic (CVE-2020-13401)."""
     with contextlib.suppress(OSError):  # a kernel without IPv6 has no such file
-        Path(f"/proc/sys/net/ipv6/conf/{ifname}/accept_ra").write_text("0")
+        fd = os.open(f"/proc/sys/net/ipv6/conf/{ifname}/accept_ra", os.O_WRONLY)
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
 
 
 def ensure_bridge(cidrs: tuple[IPNetwork, ...]) -> list[str]:

@@ -29,6 +29,7 @@ RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
 RTNH_F_ONLINK = 4
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_NET_NS_FD = 1, 3, 4, 10, 18, 28
+IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 31, 32
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 VETH_INFO_PEER, IFLA_BRPORT_MODE = 1, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
@@ -42,6 +43,15 @@ _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, f
 
 ROUTE_PROTOCOL = 112
 """The number our routes carry (`ip route show proto 112`), so that a diff never sees anybody else's."""
+
+
+def _number(kind: int, value: int) -> bytes:
+    """Encode a 32-bit number in host order, as route netlink has them all."""
+    return attribute(kind, struct.pack("=I", value))
+
+
+ONE_QUEUE = _number(IFLA_NUM_TX_QUEUES, 1) + _number(IFLA_NUM_RX_QUEUES, 1)
+"""A veth uses one queue unless told otherwise, but the kernel makes one for each CPU: 0.1 ms on two CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +97,12 @@ class Route:
 
 def veth_add(veth: Veth) -> Request:
     """Make a veth pair, this end up, with MAC addresses set at creation (systemd rewrites later ones)."""
-    peer = _link(name=veth.peer, mac=veth.peer_mac, mtu=veth.mtu)
+    peer = _link(name=veth.peer, mac=veth.peer_mac, mtu=veth.mtu) + ONE_QUEUE
     if veth.peer_netns is not None:
         peer += _number(IFLA_NET_NS_FD, veth.peer_netns)
     info = text(IFLA_INFO_KIND, "veth") + nested(IFLA_INFO_DATA, nested(VETH_INFO_PEER, peer))
-    body = _link(up=True, name=veth.name, mac=veth.mac, mtu=veth.mtu) + nested(IFLA_LINKINFO, info)
+    body = _link(up=True, name=veth.name, mac=veth.mac, mtu=veth.mtu) + ONE_QUEUE
+    body += nested(IFLA_LINKINFO, info)
     return Request(
         f"add the veth pair {veth.name}, {veth.peer}", RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body
     )
@@ -221,11 +232,6 @@ def _route(route: Route) -> bytes:
     if route.oif is not None:
         body += _number(RTA_OIF, route.oif)
     return body
-
-
-def _number(kind: int, value: int) -> bytes:
-    """Encode a 32-bit number in host order, as route netlink has them all."""
-    return attribute(kind, struct.pack("=I", value))
 
 
 def _mac(mac: str) -> bytes:
