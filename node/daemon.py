@@ -83,7 +83,7 @@ class Daemon:
             source.start()
             stack.callback(source.join)
             stack.callback(self._stop.set)
-            self._sync_until_stopped(syncer)
+            self._sync_until_stopped(syncer, inspect)
         log.info("stopped; rules, routes and pods stay as they are")
         return 1 if self._source_failed else 0
 
@@ -104,7 +104,7 @@ class Daemon:
             self._source_failed = True
             self._stop.set()
 
-    def _sync_until_stopped(self, syncer: Syncer) -> None:
+    def _sync_until_stopped(self, syncer: Syncer, inspect: InspectService) -> None:
         wait = RETRY_SECONDS[0]
         while not self._stop.is_set():
             pending = self._pending or self._store.take(timeout=0.2) or syncer.again()
@@ -115,12 +115,14 @@ class Daemon:
                 self._sync(syncer, pending)
             except (OSError, LedgerError) as error:
                 log.error("sync failed, trying again in %.1f s: %s", wait, error)
+                inspect.sync_problems = (f"the last change is not in the kernel: {error}",)
                 self._metrics.failures.inc()
                 self._stop.wait(wait)
                 wait = min(wait * 2, RETRY_SECONDS[1])
                 self._pending = _merged(pending, self._store.take(timeout=0))
             else:
                 self._pending, wait = None, RETRY_SECONDS[0]
+                inspect.sync_problems = ()
 
     def _sync(self, syncer: Syncer, pending: Pending) -> None:
         first = not self._synced.is_set()

@@ -73,6 +73,7 @@ class InspectService(rpc.InspectServicer):
         self._syncer = syncer
         self._ready = ready
         self.source_problems: tuple[str, ...] = ()
+        self.sync_problems: tuple[str, ...] = ()
 
     def Pods(self, request: pb.PodsRequest, context: object) -> pb.PodsReply:
         """List the attachments in the ledger."""
@@ -120,7 +121,7 @@ class InspectService(rpc.InspectServicer):
             services=status.services,
             frontends=len(self._syncer.table),
             elements=self._syncer.elements,
-            problems=(*self.source_problems, *status.problems),
+            problems=(*self.sync_problems, *self.source_problems, *status.problems),
         )
 
 
