@@ -17,6 +17,7 @@ from cli.output import CommandError, show
 
 SOCKET = "/run/podwire/podwire.sock"
 TIMEOUT_SECONDS = 5.0
+MESSAGE_BYTES = 64 << 20  # 10,000 services are 6 MB of frontends
 
 
 def add_parsers(commands: Any) -> None:
@@ -90,11 +91,14 @@ def routes(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _daemon(args: argparse.Namespace) -> Iterator[rpc.InspectStub]:
     """Connect to the daemon; a failed call becomes one sentence."""
-    with grpc.insecure_channel(f"unix:{args.socket}") as channel:
+    options = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
+    with grpc.insecure_channel(f"unix:{args.socket}", options=options) as channel:
         try:
             yield rpc.InspectStub(channel)  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
-            raise CommandError(f"no daemon answers on {args.socket}: {error.details()}") from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise CommandError(f"no daemon answers on {args.socket}; `podwire daemon` runs one") from None
+            raise CommandError(f"the daemon on {args.socket} failed: {error.details()}") from None
 
 
 def _fields(message: Any) -> dict[str, Any]:

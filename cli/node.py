@@ -26,7 +26,7 @@ error. Stopping it (SIGTERM) leaves rules, routes and pods as they are; starting
 DAEMON_EXAMPLES = """
 examples:
   podwire daemon --source /etc/podwire/manifests
-      a folder of ordinary Node, Service and EndpointSlice YAML; a change counts within 100 ms
+      a folder of ordinary Node, Service and EndpointSlice YAML; a change counts at once
   podwire daemon --source DIR --node-name node1 --mode bridge --no-masquerade-cidr 10.0.0.0/8
 """
 

@@ -7,6 +7,7 @@ start of the daemon, finishes or takes back.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -20,9 +21,11 @@ from cni.wiring import NodeSettings
 from ipam.ledger import (
     AlreadyAttached,
     Attachment,
+    Claim,
     Exhausted,
     Key,
     Ledger,
+    LedgerBusy,
     LedgerError,
     State,
     StillReleasing,
@@ -35,6 +38,9 @@ from netlink.family import Family
 log = logging.getLogger("podwire.cni")
 
 LEDGER_FILE = "ledger.db"
+LOCK_SECONDS = 10.0
+RESERVE_TRIES = 8
+"""How often an ADD makes room in a full range; another ADD may take what it made."""
 
 Step = Callable[[str], None]
 """Called with the name of each step when it is done; tests end the process there."""
@@ -47,10 +53,14 @@ def ledger_of(state_dir: Path) -> Ledger:
 
 def in_process(env: Mapping[str, str], stdin: bytes, state_dir: str) -> tuple[int, bytes]:
     """Handle a request without the daemon."""
-    if env.get("CNI_COMMAND") == "VERSION":
-        return _answer(env, stdin, _version)
-    with ledger_of(Path(state_dir)) as ledger:
-        return Plugin(ledger, Path(state_dir)).handle(env, stdin)
+
+    def work(request: Request) -> bytes:
+        if request.command is Command.VERSION:
+            return _version(request)
+        with ledger_of(Path(state_dir)) as ledger:
+            return Plugin(ledger, Path(state_dir)).dispatch(request)
+
+    return _answer(env, stdin, work)
 
 
 def take_back(ledger: Ledger, attachment: Attachment) -> None:
@@ -59,9 +69,9 @@ def take_back(ledger: Ledger, attachment: Attachment) -> None:
     ledger.forget(attachment.key)
 
 
-def finish(ledger: Ledger, state_dir: Path, key: Key) -> None:
+def finish(ledger: Ledger, state_dir: Path, key: Key, timeout: float = LOCK_SECONDS) -> None:
     """Take back another container's attachment, unless it is gone by now, or its container was added anew."""
-    with container_lock(state_dir, key.container_id):
+    with container_lock(state_dir, key.container_id, timeout):
         attachment = ledger.get(key)
         if attachment and attachment.state is State.RELEASED:
             take_back(ledger, attachment)
@@ -82,9 +92,10 @@ class Plugin:
 
     def handle(self, env: Mapping[str, str], stdin: bytes) -> tuple[int, bytes]:
         """Return the exit status and what goes to standard output. Never raises."""
-        return _answer(env, stdin, self._dispatch)
+        return _answer(env, stdin, self.dispatch)
 
-    def _dispatch(self, request: Request) -> bytes:
+    def dispatch(self, request: Request) -> bytes:
+        """Do what a parsed request asks; return what goes to standard output. Raises what went wrong."""
         match request.command:
             case Command.ADD:
                 return spec.result_json(self._locked(self._add, request), request.config.cni_version)
@@ -130,35 +141,40 @@ class Plugin:
         Links that are still on their way out are removed here if the request has to wait for them.
         """
         key = Key(request.container_id, request.ifname)
+        name = wiring.host_ifname(request.container_id, request.ifname)
+        claim = Claim(request.config.name, request.netns, name, request.request_id)
         tried_before = self.ledger.get(key) is not None
-        for last in (False, True):
+        failure: LedgerError | None = None
+        for _ in range(RESERVE_TRIES):
             try:
-                attachment = self.ledger.reserve(
-                    key,
-                    netns=request.netns,
-                    host_ifname=wiring.host_ifname(request.container_id, request.ifname),
-                    request_id=request.request_id,
-                    cidrs=settings.pod_cidrs,
-                )
+                attachment = self.ledger.reserve(key, claim, settings.pod_cidrs)
             except AlreadyAttached as error:
                 if not request.request_id or error.attachment.request_id != request.request_id:
                     raise
                 return error.attachment, True
             except StillReleasing as error:
+                failure = error
                 take_back(self.ledger, error.attachment)
             except Exhausted as error:
-                if last or not error.releasing:
+                failure = error
+                if not error.releasing:
                     raise
-                for attachment in error.releasing:
-                    if attachment.key.container_id == key.container_id:
-                        take_back(self.ledger, attachment)
-                    else:
-                        finish(self.ledger, self.state_dir, attachment.key)
+                self._make_room(key, error.releasing)
             else:
                 if tried_before:  # and died: its link may be there
                     wiring.remove(attachment.host_ifname)
                 return attachment, False
-        raise LedgerError(f"the attachment of {key.container_id} is still being released")
+        assert failure
+        raise failure
+
+    def _make_room(self, key: Key, releasing: tuple[Attachment, ...]) -> None:
+        """Take back one released attachment, if possible one that nobody else is working on."""
+        for attachment in releasing:
+            if attachment.key.container_id == key.container_id:
+                return take_back(self.ledger, attachment)
+            with contextlib.suppress(LockTimeout):
+                return finish(self.ledger, self.state_dir, attachment.key, timeout=0)
+        return finish(self.ledger, self.state_dir, releasing[0].key)
 
     def _undo(self, key: Key) -> None:
         attachment = self.ledger.release(key)
@@ -206,10 +222,12 @@ class Plugin:
         keep = {Key(container, ifname) for container, ifname in valid}
         failures = []
         for attachment in self.ledger.attachments():
-            if attachment.key in keep:
+            if attachment.key in keep or attachment.network != request.config.name:
                 continue
             try:
                 with container_lock(self.state_dir, attachment.key.container_id):
+                    if self.ledger.get(attachment.key) != attachment:
+                        continue  # somebody was at work on it when the list was made
                     self._undo(attachment.key)
                 log.info("GC %s %s", attachment.key.container_id, attachment.key.ifname)
             except (OSError, LedgerError, LockTimeout) as error:
@@ -251,6 +269,7 @@ def _as_cni_error(error: Exception) -> CniError:
         (AlreadyAttached, spec.ALREADY_EXISTS),
         (Exhausted, spec.TRY_AGAIN),
         (LockTimeout, spec.TRY_AGAIN),
+        (LedgerBusy, spec.TRY_AGAIN),
         (LedgerError, spec.IO_FAILURE),
         (NetlinkError, spec.IO_FAILURE),
         (OSError, spec.IO_FAILURE),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from cni.plugin import finish
-from ipam.ledger import Attachment, Ledger, LedgerError, State
+from ipam.ledger import Attachment, Ledger, State
 from ipam.lock import LockTimeout, container_lock
 
 log = logging.getLogger("podwire.cni")
@@ -66,6 +66,6 @@ class Reaper:
         while (attachment := self._queue.get()) is not None:
             try:
                 finish(self._ledger, self._state_dir, attachment.key)
-            except (OSError, LedgerError, LockTimeout) as error:
+            except Exception as error:  # whatever it is, the next one must not wait for it
                 # The record stays released: the next ADD that needs the address, or start, tries again.
                 log.error("the interface %s could not be removed: %s", attachment.host_ifname, error)

@@ -271,7 +271,7 @@ def _ifname_fault(name: str) -> str:
     """Return what is wrong with an interface name, or nothing."""
     if len(name.encode()) > IFNAME_BYTES:
         return f"is longer than {IFNAME_BYTES} bytes"
-    if name in (".", ".."):
+    if name in (".", "..", "all", "default") or "%" in name:  # the kernel has other uses for these
         return "is not a name"
     if any(character in "/:\0" or character.isspace() for character in name):
         return "has a '/', a ':' or white space in it"

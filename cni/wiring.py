@@ -186,6 +186,8 @@ def _namespace(path: str) -> Iterator[int]:
             raise NoNamespace(f"CNI_NETNS {path} cannot be opened: {error.strerror}") from error
         if not netns.is_namespace(fd):
             raise NoNamespace(f"CNI_NETNS {path} is not a network namespace")
+        if netns.is_here(fd):
+            raise NoNamespace(f"CNI_NETNS {path} is the node's own network namespace")
         yield fd
 
 

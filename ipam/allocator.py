@@ -67,6 +67,7 @@ def _never_used(db: sqlite3.Connection, cidr: IPNetwork, pods: IPRange) -> IPAdd
         if inserted.rowcount:
             db.execute("UPDATE cursor SET next = ? WHERE family = ?", (index + 1, cidr.version))
             return address
+    db.execute("UPDATE cursor SET next = ? WHERE family = ?", (pods.size, cidr.version))
     return None
 
 

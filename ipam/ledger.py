@@ -22,13 +22,17 @@ from ipam.ranges import capacity, pod_addresses
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT = 10.0  # seconds
-COLUMNS = "container_id, ifname, netns, host_ifname, addresses, state, request_id, result, boot_id, created"
+COLUMNS = (
+    "container_id, ifname, network, netns, host_ifname, addresses, state, request_id, result,"
+    " boot_id, created"
+)
 
 SCHEMA = (
     """CREATE TABLE attachment (
-        container_id TEXT NOT NULL, ifname TEXT NOT NULL, netns TEXT NOT NULL, host_ifname TEXT NOT NULL,
-        addresses TEXT NOT NULL, state TEXT NOT NULL, request_id TEXT NOT NULL, result TEXT NOT NULL,
-        boot_id TEXT NOT NULL, created REAL NOT NULL, PRIMARY KEY (container_id, ifname)
+        container_id TEXT NOT NULL, ifname TEXT NOT NULL, network TEXT NOT NULL, netns TEXT NOT NULL,
+        host_ifname TEXT NOT NULL, addresses TEXT NOT NULL, state TEXT NOT NULL,
+        request_id TEXT NOT NULL, result TEXT NOT NULL, boot_id TEXT NOT NULL, created REAL NOT NULL,
+        PRIMARY KEY (container_id, ifname)
     ) STRICT, WITHOUT ROWID""",
     "CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
     *allocator.SCHEMA,
@@ -90,10 +94,21 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """What an ADD says of the attachment it wants; `network` is the name of its network configuration."""
+
+    network: str
+    netns: str
+    host_ifname: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Attachment:
     """A pod interface. `result` is the ADD result as JSON ("" while pending), `created` epoch seconds."""
 
     key: Key
+    network: str  # the name of the network configuration that asked for it
     netns: str
     host_ifname: str
     addresses: tuple[IPAddress, ...]  # in the order of the podCIDRs
@@ -180,9 +195,7 @@ class Ledger:
             db.execute("DELETE FROM setting")
             db.executemany("INSERT INTO setting VALUES (?, ?)", settings.items())
 
-    def reserve(
-        self, key: Key, *, netns: str, host_ifname: str, request_id: str, cidrs: Sequence[IPNetwork]
-    ) -> Attachment:
+    def reserve(self, key: Key, claim: Claim, cidrs: Sequence[IPNetwork]) -> Attachment:
         """Record a pending attachment with one address of each range; on any error nothing is kept.
 
         A pending one of an earlier, broken try keeps its addresses while they lie in the ranges.
@@ -198,11 +211,12 @@ class Ledger:
                 raise StillReleasing(earlier)
             wanted = Attachment(
                 key=key,
-                netns=netns,
-                host_ifname=host_ifname,
+                network=claim.network,
+                netns=claim.netns,
+                host_ifname=claim.host_ifname,
                 addresses=earlier.addresses if earlier else (),
                 state=State.PENDING,
-                request_id=request_id,
+                request_id=claim.request_id,
                 result="",
                 boot_id=self._boot_id,
                 created=earlier.created if earlier else self._clock(),
@@ -211,7 +225,7 @@ class Ledger:
                 allocator.give_back(db, wanted.addresses)
                 wanted = replace(wanted, addresses=_take_all(db, cidrs))
             db.execute(
-                f"INSERT OR REPLACE INTO attachment ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT OR REPLACE INTO attachment ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 _row(wanted),
             )
         return wanted
@@ -373,6 +387,7 @@ def _row(attachment: Attachment) -> tuple[str | float, ...]:
     return (
         attachment.key.container_id,
         attachment.key.ifname,
+        attachment.network,
         attachment.netns,
         attachment.host_ifname,
         " ".join(map(str, attachment.addresses)),
@@ -385,6 +400,6 @@ def _row(attachment: Attachment) -> tuple[str | float, ...]:
 
 
 def _attachment(row: Sequence[Any]) -> Attachment:
-    container_id, ifname, netns, host_ifname, addresses, state, *rest = row
+    container_id, ifname, network, netns, host_ifname, addresses, state, *rest = row
     parsed = tuple(IPAddress(address) for address in addresses.split())
-    return Attachment(Key(container_id, ifname), netns, host_ifname, parsed, State(state), *rest)
+    return Attachment(Key(container_id, ifname), network, netns, host_ifname, parsed, State(state), *rest)

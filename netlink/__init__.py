@@ -4,7 +4,7 @@
 - `requests` are the verbs (`veth_add`, `route_replace`, …): each encodes one change of links, addresses,
   routes or neighbours. `Rtnl`, a socket in one network namespace, commits several in one write.
 - `decode` turns the kernel's answers into values, with pyroute2's message formats.
-- `netns` runs a function inside another network namespace, in a thread of its own.
+- `netns` makes and removes network namespaces, and runs a function inside one.
 - `nftables/` holds expressions and rules as values, the element encoder and the atomic `Batch`; `fake`
   is a kernel in memory that refuses what the kernel refuses and can walk a packet through the rules.
 

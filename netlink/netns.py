@@ -39,7 +39,7 @@ def path(name: str) -> Path:
 def opened(name: str | Path) -> Iterator[int]:
     """Open a namespace by name or path for the length of a block.
 
-    Raises FileNotFoundError when there is none, and NetlinkError (EINVAL) when the path is a plain file.
+    Raises FileNotFoundError when there is none. Whether it is a namespace is for `is_namespace` to say.
     """
     fd = os.open(path(str(name)), os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -86,13 +86,10 @@ def run(name: str | Path | int, function: Callable[P, T], *args: P.args, **kwarg
         return function(*args, **kwargs)
 
 
-def same(one: str | Path, other: str | Path) -> bool:
-    """Whether two paths are the same namespace; False when either is missing."""
-    try:
-        a, b = path(str(one)).stat(), path(str(other)).stat()
-    except OSError:
-        return False
-    return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+def is_here(fd: int) -> bool:
+    """Whether a descriptor is the namespace that the calling thread is in."""
+    here, there = Path("/proc/thread-self/ns/net").stat(), os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
 def create(name: str) -> Path:

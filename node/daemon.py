@@ -76,8 +76,9 @@ class Daemon:
             plugin = Plugin(ledger, config.state_dir, defer=reaper.submit)
             inspect = InspectService(config.sync, ledger, syncer, self._ready)
             pages = self._pages(syncer, ledger)
+            health = {path: pages[path] for path in ("/healthz", "/livez")}  # all that strangers may see
             stack.enter_context(web.serving(config.metrics_address, pages))
-            stack.enter_context(web.serving(config.healthz_address, pages))
+            stack.enter_context(web.serving(config.healthz_address, health))
             stack.enter_context(serving(config.socket, CniService(plugin), inspect))
             source = threading.Thread(target=self._follow, args=(inspect,), name="source")
             source.start()

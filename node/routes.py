@@ -47,9 +47,7 @@ def plan(
         if via:
             routes.append(NodeRoute(Route(cidr, gateway=via), name))
         else:
-            problems.append(
-                f"node {name}: no way to its pods in {cidr}: it has no address that can be reached"
-            )
+            problems.append(f"node {name}: no way to its pods in {cidr}: {_obstacle(nodes[name], cidr)}")
     return tuple(routes), (*conflicts, *problems)
 
 
@@ -76,6 +74,14 @@ def accepted_ranges(nodes: Mapping[str, Node], me: str) -> tuple[list[tuple[str,
             taken.insert(position, (*span, f"{cidr} of node {name}"))
             accepted.append((name, cidr))
     return accepted, problems
+
+
+def _obstacle(node: Node, cidr: str) -> str:
+    version = ip_network(cidr).version
+    far = [a for a in node.addresses if ip_address(a).version == version]
+    if not far:
+        return f"it has no IPv{version} InternalIP"
+    return f"{far[0]} is on no subnet of ours, and there is no default route"
 
 
 def _next_hop(node: Node, version: int, underlay: Underlay) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
+from msgspec import structs
 from netaddr import IPNetwork
 
 from cni.wiring import Mode, NodeSettings, ensure_bridge
@@ -20,15 +21,16 @@ from node import masquerade, underlay
 from node.routes import NodeRoute, plan
 from node.store import Pending
 from proxy.frontends import Frontend, frontends
-from proxy.model import EMPTY, ObjectName, Snapshot
+from proxy.model import EMPTY, Node, ObjectName, Snapshot
 from proxy.nftables.dataplane import Dataplane
 from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
 
 log = logging.getLogger("podwire.sync")
 
-ROUTE_RETRY_SECONDS = 5.0
-"""How long a route that the kernel refused waits: its gateway's link may come up only now."""
+RETRY_SECONDS, COMPARE_SECONDS = 5.0, 30.0
+"""How often the kernel is compared with what it should hold: while something of it could not be had, and
+otherwise. Others flush rulesets, links go down and come up, default routes appear late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,8 @@ class Syncer:
         self._snapshot = EMPTY
         self._loaded = False
         self._node_problems: tuple[str, ...] = ()
-        self._routes_refused = False
+        self._nodes: Mapping[str, Node] = {}
+        self._incomplete = False
         self.table = FrontendTable()
         self.status = Status()
 
@@ -98,17 +101,17 @@ class Syncer:
         loaded, self._loaded = self._loaded, False
         if not loaded or pending.nodes:
             self._sync_node(snapshot)
-        if loaded and self._families() <= self._dataplanes.keys():
-            self._apply(changes, snapshot if pending.nodes else None)
+        if loaded and self._families() <= self._dataplanes.keys() and (not pending.nodes or self._intact()):
+            self._apply(changes, pending.nodes)
         else:
-            self._load(snapshot)
+            self._load()
         self._loaded = True
         self._report(snapshot)
 
     def again(self) -> Pending | None:
-        """Return a change that tries refused routes once more, when it is time for that."""
-        now = self._clock()
-        if not self._routes_refused or now - self.status.last_sync < ROUTE_RETRY_SECONDS:
+        """Return a change that compares the kernel with what it should hold, when it is time for that."""
+        wait = RETRY_SECONDS if self._incomplete else COMPARE_SECONDS
+        if not self.status.last_sync or self._clock() - self.status.last_sync < wait:
             return None
         return Pending(self._snapshot, frozenset(), nodes=True, since=time.monotonic())
 
@@ -120,9 +123,19 @@ class Syncer:
             changes += self.table.replace(name, found)
         return changes
 
-    def _load(self, snapshot: Snapshot) -> None:
+    def _intact(self) -> bool:
+        """Whether nobody removed or emptied our tables."""
+        for family, dataplane in self._dataplanes.items():
+            if not dataplane.intact():
+                log.warning(
+                    "somebody removed rules of table %s %s: setting them again", family.keyword, TABLE
+                )
+                return False
+        return True
+
+    def _load(self) -> None:
         """Compare everything with the kernel and set what differs."""
-        ranges = masquerade.ranges(snapshot.nodes, self._config.node, self._config.no_masquerade)
+        ranges = masquerade.ranges(self._nodes, self._config.node, self._config.no_masquerade)
         for family in self._families() - self._dataplanes.keys():
             self._dataplanes[family] = Dataplane(self._stack.enter_context(Nft(family, TABLE)))
         for family, dataplane in self._dataplanes.items():
@@ -134,10 +147,10 @@ class Syncer:
         """Return the IP families that this node serves: IPv4, and what its podCIDRs have."""
         return {Family.V4} | {Family(IPNetwork(c).version) for c in self.status.pod_cidrs}
 
-    def _apply(self, changes: list[Change], nodes_of: Snapshot | None) -> None:
+    def _apply(self, changes: list[Change], nodes_changed: bool) -> None:
         ranges = None
-        if nodes_of:
-            ranges = masquerade.ranges(nodes_of.nodes, self._config.node, self._config.no_masquerade)
+        if nodes_changed:
+            ranges = masquerade.ranges(self._nodes, self._config.node, self._config.no_masquerade)
         for family, dataplane in self._dataplanes.items():
             own = [c for c in changes if _family(c) is family]
             if own or ranges:
@@ -147,20 +160,19 @@ class Syncer:
     def _sync_node(self, snapshot: Snapshot) -> None:
         """Set what depends on nodes: routes, the bridge, and the settings that the CNI plugin works by."""
         me = self._config.node
-        routes, problems = plan(snapshot.nodes, me, underlay.observe(self._rtnl))
+        self._nodes, missing = self._with_own_range(snapshot.nodes)
+        routes, problems = plan(self._nodes, me, underlay.observe(self._rtnl))
         if self._config.mode is Mode.BRIDGE:
             # The bridge's own route to our range would come second to an unreachable one.
             routes = tuple(r for r in routes if r.node != me)
         changed, refused = underlay.sync_routes(self._rtnl, (r.route for r in routes))
-        self._routes_refused = bool(refused)
+        self._incomplete = bool(problems or refused)
         if changed:
             log.info("routes: %d changed, %d in all", changed, len(routes))
-        node = snapshot.nodes.get(me)
+        node = self._nodes.get(me)
         cidrs = tuple(IPNetwork(c) for c in node.pod_cidrs) if node else ()
-        found = [*problems, *refused]
-        if not cidrs:
-            found.append(f"node {me} has no podCIDR yet: pods cannot be added")
-        else:
+        found = [*missing, *problems, *refused]
+        if cidrs:
             mtu = self._config.mtu or underlay.egress_mtu(self._rtnl)
             self._ledger.save_settings(NodeSettings(self._config.mode, mtu, cidrs).to_mapping())
             if self._config.mode is Mode.BRIDGE:
@@ -169,6 +181,24 @@ class Syncer:
         self.status.routes = routes
         self.status.pod_cidrs = tuple(map(str, cidrs))
         self.status.node_deleting = bool(node and node.deleting)
+
+    def _with_own_range(self, nodes: Mapping[str, Node]) -> tuple[Mapping[str, Node], list[str]]:
+        """Return the nodes, ours with its last known podCIDRs if it has none now, and a sentence then.
+
+        Pods that have addresses of them need their routes and masquerade whatever becomes of the Node object.
+        """
+        me = self._config.node
+        node = nodes.get(me, Node(me))
+        if node.pod_cidrs:
+            return nodes, []
+        last = NodeSettings.from_mapping(self._ledger.settings())
+        if last is None:
+            return nodes, [f"node {me} has no podCIDR yet: pods cannot be added"]
+        cidrs = tuple(map(str, last.pod_cidrs))
+        kept = structs.replace(node, pod_cidrs=cidrs)
+        return {**nodes, me: kept}, [
+            f"node {me} has no podCIDR any more: its last, {', '.join(cidrs)}, counts"
+        ]
 
     def _report(self, snapshot: Snapshot) -> None:
         self.status.last_sync = self._clock()

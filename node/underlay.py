@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from ipaddress import ip_interface
 from pathlib import Path
@@ -14,7 +15,7 @@ from node.routes import Underlay
 
 FORWARDING = (Path("/proc/sys/net/ipv4/ip_forward"), Path("/proc/sys/net/ipv6/conf/all/forwarding"))
 DEFAULT_MTU = 1500
-OWN_INTERFACES = ("pw", "podwire0", "lo")
+OWN_INTERFACE = re.compile(r"pw[0-9a-f]{12}|podwire0|lo")
 
 
 def forward_packets() -> list[str]:
@@ -36,7 +37,7 @@ def observe(rtnl: Rtnl) -> Underlay:
     subnets = tuple(
         ip_interface(a.cidr).network
         for a in rtnl.addresses()
-        if not names.get(a.index, "").startswith(OWN_INTERFACES)
+        if not OWN_INTERFACE.fullmatch(names.get(a.index, ""))
     )
     gateways = {
         6 if ":" in route.gateway else 4: route.gateway
@@ -52,7 +53,7 @@ def egress_mtu(rtnl: Rtnl) -> int:
     links = {link.index: link for link in rtnl.links()}
     if default and default.oif in links:
         return links[default.oif].mtu
-    physical = [k.mtu for k in links.values() if not k.name.startswith(OWN_INTERFACES)]
+    physical = [k.mtu for k in links.values() if not OWN_INTERFACE.fullmatch(k.name)]
     return min(physical, default=DEFAULT_MTU)
 
 

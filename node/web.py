@@ -21,6 +21,7 @@ Page = Callable[[], tuple[int, str, bytes]]
 class _Handler(BaseHTTPRequestHandler):
     pages: Mapping[str, Page]
     protocol_version = "HTTP/1.1"
+    timeout = 5.0  # seconds that a client may keep a thread without a word
 
     def do_GET(self) -> None:
         page = self.pages.get(self.path.split("?")[0])
@@ -39,6 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 128
 
     def server_bind(self) -> None:
         """Listen without asking DNS for a name: it may be this node's services that DNS waits for."""

@@ -148,6 +148,10 @@ class Nftables(Protocol):
         """Return the names of the table's chains."""
         ...
 
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """Return the comments of the table's rules, in order, by chain."""
+        ...
+
     def elements(self, which: Map) -> Elements:
         """Return what is in a map."""
         ...
@@ -200,6 +204,10 @@ class Nft:
     def chains(self) -> frozenset[str]:
         """Return the names of the table's chains."""
         return dump.chains(self._ask, self.family, self.table)
+
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """Return the comments of the table's rules, in order, by chain."""
+        return dump.rules(self._ask, self.family, self.table)
 
     def elements(self, which: Map) -> Elements:
         """Return what is in a map."""

@@ -11,7 +11,7 @@ from netlink.family import Family
 from netlink.nftables.expressions import Verdict
 from netlink.nftables.objects import ELEMENT_INTERVAL_END, Data, Elements, Goto, Map
 
-GETTABLE, GETCHAIN, GETSETELEM = 1, 4, 13
+GETTABLE, GETCHAIN, GETRULE, GETSETELEM = 1, 4, 7, 13
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_DUMP, NLM_F_DUMP_INTR = 0x300, 0x10
 ENOENT = 2
@@ -26,11 +26,28 @@ def table_comment(ask: Ask, family: Family, table: str) -> str | None:
         if kind == NLMSG_ERROR:
             _refuse(message, f"look up table {family.keyword} {table}", missing_is_fine=True)
             return None
-        userdata = parsed(message, BODY).get(6, b"")
-        if userdata[:1] == b"\0":
-            return userdata[2 : 2 + userdata[1]].rstrip(b"\0").decode(errors="replace")
-        return ""
+        return _comment(parsed(message, BODY).get(6, b""))
     return None
+
+
+def rules(ask: Ask, family: Family, table: str) -> dict[str, tuple[str, ...]]:
+    """Return the comments of a table's rules, in order, by chain."""
+    found: dict[str, tuple[str, ...]] = {}
+    for message in _dump(ask, GETRULE, text(1, table), f"list the rules of {family.keyword} {table}"):
+        attributes = parsed(message, BODY)
+        if _string(attributes[1]) == table:
+            chain = _string(attributes[2])
+            found[chain] = (*found.get(chain, ()), _comment(attributes.get(7, b"")))
+    return found
+
+
+def _string(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")
+
+
+def _comment(userdata: bytes) -> str:
+    """Return the comment in nft's user data of a table or rule: type 0, length, text."""
+    return _string(userdata[2 : 2 + userdata[1]]) if userdata[:1] == b"\0" else ""
 
 
 def chains(ask: Ask, family: Family, table: str) -> frozenset[str]:
@@ -38,8 +55,8 @@ def chains(ask: Ask, family: Family, table: str) -> frozenset[str]:
     found = set()
     for message in _dump(ask, GETCHAIN, text(1, table), f"list the chains of {family.keyword} {table}"):
         attributes = parsed(message, BODY)
-        if attributes[1].rstrip(b"\0").decode() == table:
-            found.add(attributes[3].rstrip(b"\0").decode())
+        if _string(attributes[1]) == table:
+            found.add(_string(attributes[3]))
     return frozenset(found)
 
 
@@ -88,7 +105,7 @@ def _element(element: bytes, which: Map) -> tuple[bytes, Data]:
         return key, data[1]
     verdict = parsed(data[2])
     code = struct.unpack(">i", verdict[1])[0]
-    return key, Goto(verdict[2].rstrip(b"\0").decode() if code == Verdict.GOTO else "")
+    return key, Goto(_string(verdict[2]) if code == Verdict.GOTO else "")
 
 
 def _dump(ask: Ask, kind: int, body: bytes, what: str) -> list[bytes]:

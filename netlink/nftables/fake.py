@@ -63,6 +63,11 @@ class FakeNft:
         """Return the names of the table's chains."""
         return frozenset(self.state.chains) if self.state else frozenset()
 
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """Return the comments of the table's rules, in order, by chain."""
+        rules = self.state.rules.items() if self.state else ()
+        return {chain: tuple(r.comment for r in found) for chain, found in rules if found}
+
     def elements(self, which: Map) -> Elements:
         """Return what is in a map."""
         return dict(self.state.elements[which.name]) if self.state else {}

@@ -1,4 +1,4 @@
-"""Follow a folder of Kubernetes YAML and JSON: what it says is what the node does, within 100 ms.
+"""Follow a folder of Kubernetes YAML and JSON: what it says is what the node does, within milliseconds.
 
 A file that cannot be read (half written, say) keeps what it said before; so does each object in it that
 is wrong. Only complete writes are looked at: closed after writing, moved in, moved out, deleted.
@@ -106,7 +106,8 @@ class ManifestFolder:
             while not stopped():
                 # A short wait after the first event gathers the files of one copy into one change.
                 events = inotify.read(timeout=500, read_delay=5)
-                moved = _inode(self._folder) != watched
+                # A folder made anew can have the old one's inode; its watch is gone all the same.
+                moved = _inode(self._folder) != watched or any(e.mask & flags.IGNORED for e in events)
                 if moved:
                     watched = self._watch(inotify)
                 if events or moved:

@@ -222,7 +222,7 @@ def _service(document: Any) -> Service | None:
         return None
     return Service(
         name=_name(wire.metadata),
-        cluster_ips=tuple(_address("spec.clusterIPs", a) for a in addresses),
+        cluster_ips=tuple(_cluster_ip("spec.clusterIPs", a) for a in addresses),
         ports=tuple(_service_port(f"spec.ports[{i}]", p) for i, p in enumerate(spec.ports or [])),
         internal_policy=_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy),
         external_policy=_policy("spec.externalTrafficPolicy", spec.external_traffic_policy),
@@ -294,6 +294,13 @@ def _address(field: str, value: str, family: Family | None = None) -> str:
         raise ValueError(f"{field} {value!r} is not an IP address") from None
     if family and address.version != family.value:
         raise ValueError(f"{field} {value!r} is not an IPv{family.value} address")
+    return str(address)
+
+
+def _cluster_ip(field: str, value: str) -> str:
+    address = ip_address(_address(field, value))
+    if address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local:
+        raise ValueError(f"{field} {value!r} is no address that a service can have")
     return str(address)
 
 

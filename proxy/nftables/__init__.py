@@ -1,4 +1,4 @@
-"""The nftables dataplane: a constant ruleset, all data in maps (see README.md beside this file).
+"""The nftables dataplane: a constant ruleset, all data in maps (proxy/README.md draws the packet's path).
 
 - `ruleset` is the constant part: chains, rules and empty maps, as values.
 - `elements` turns a `Frontend` into map elements, and two versions of it into the elements that differ.

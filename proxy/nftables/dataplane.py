@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from netlink.nftables.batch import (
     AddChain,
     AddElements,
+    AddRule,
     DeleteChain,
     DeleteElements,
     DeleteTable,
@@ -79,7 +80,7 @@ class Dataplane:
         """Make the kernel hold exactly this; return whether a table of our layout was there to start from.
 
         Elements that are right already stay untouched, so connections and counters do not notice. A
-        table of another layout is replaced in one transaction.
+        table of another layout, or one that somebody took rules from, is replaced in one transaction.
         """
         edit = _Edit()
         for frontend in frontends:
@@ -87,12 +88,12 @@ class Dataplane:
         sets = self._set_elements(ranges)
         pairs = {HAIRPIN: [hairpin(self._family, a) for a in edit.hairpins]}
         wanted: dict[Map, Elements] = {m: dict(p) for m, p in (edit.added | pairs).items()} | sets
-        comment = self._nft.table_comment()
-        adopted = comment == ruleset.layout_comment(self._family)
+        there = self._nft.table_comment() is not None
+        adopted = there and self.intact()
         if adopted:
             operations = self._difference(wanted, edit.shapes)
         else:
-            operations = [] if comment is None else [DeleteTable()]
+            operations = [DeleteTable()] if there else []
             operations += ruleset.base(self._family)
             operations += self._new_chains(edit.shapes)
             operations += [AddElements(m, list(e.items())) for m, e in wanted.items() if e]
@@ -100,6 +101,18 @@ class Dataplane:
         self._shapes, self._hairpins, self._ranges = edit.shapes, edit.hairpins, sets
         self.elements = sum(len(e) for e in wanted.values())
         return adopted
+
+    def intact(self) -> bool:
+        """Whether the table is there with our layout and all of its rules, told by their comments."""
+        if self._nft.table_comment() != ruleset.layout_comment(self._family):
+            return False
+        wanted: dict[str, tuple[str, ...]] = {}
+        for operation in (*ruleset.base(self._family), *self._new_chains(self._shapes)):
+            if isinstance(operation, AddRule):
+                chain = operation.rule.chain
+                wanted[chain] = (*wanted.get(chain, ()), operation.rule.comment)
+        found = self._nft.rules()
+        return all(found.get(chain) == comments for chain, comments in wanted.items())
 
     def apply(self, changes: Iterable[Change], ranges: NodeRanges | None = None) -> int:
         """Bring changes of frontends, and ranges if given, to the kernel; return how many elements moved.

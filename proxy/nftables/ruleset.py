@@ -1,6 +1,6 @@
 """The constant part of the table: base chains, rules and empty maps, and the shape of balancing chains.
 
-README.md in this folder draws the packet's path. Nothing here depends on which services exist.
+proxy/README.md draws the packet's path. Nothing here depends on which services exist.
 """
 
 from __future__ import annotations

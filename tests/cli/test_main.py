@@ -137,7 +137,7 @@ def test_without_a_daemon_one_sentence_and_status_1(
     assert run(command, "--socket", str(place), "-o", form) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"podwire: no daemon answers on {place}: ")
+    assert err.startswith(f"podwire: no daemon answers on {place}; ")
     assert len(err.splitlines()) == 1
 
 
@@ -147,7 +147,7 @@ def test_a_socket_that_nobody_answers_on(tmp_path: Path, capsys: pytest.CaptureF
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(place))
     assert run("status", "--socket", str(place)) == 1
-    assert capsys.readouterr().err.startswith(f"podwire: no daemon answers on {place}: ")
+    assert capsys.readouterr().err.startswith(f"podwire: no daemon answers on {place}; ")
 
 
 @pytest.mark.parametrize("words", [("daemon", "--source", "."), ("install",)], ids=" ".join)

@@ -260,9 +260,9 @@ def test_an_add_that_looks_for_room_leaves_a_container_alone_that_was_added_agai
     runtime.delete("c0")
     reserve = Ledger.reserve
 
-    def late(ledger: Ledger, key: Key, **arguments: Any) -> Attachment:
+    def late(*arguments: Any) -> Attachment:
         try:
-            return reserve(ledger, key, **arguments)
+            return reserve(*arguments)
         except Exhausted:
             monkeypatch.undo()
             runtime.node.recover()
@@ -302,6 +302,20 @@ def test_gc_removes_what_is_not_valid_and_keeps_the_rest(runtime: Runtime) -> No
     ):
         assert runtime.node.handle(runtime.plugin, env, config) == (0, {})
         assert_consistent(runtime.node, kept)
+
+
+def test_gc_of_another_network_leaves_ours_alone(runtime: Runtime) -> None:
+    runtime.add()
+    assert runtime.call("GC", name="another", **{"cni.dev/valid-attachments": []}) == (0, {})
+    assert_consistent(runtime.node, {"c1"})
+
+
+def test_the_nodes_own_namespace_is_no_pod(runtime: Runtime) -> None:
+    env = request_env("ADD", "c1", str(netns.path(runtime.node.namespace)))
+    code, error = runtime.node.handle(runtime.plugin, env)
+    assert (code, error["code"]) == (1, 3)
+    assert "is the node's own network namespace" in error["msg"]
+    assert_consistent(runtime.node, set())
 
 
 def test_gc_goes_on_past_errors_and_reports_them(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

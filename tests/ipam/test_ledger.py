@@ -9,6 +9,7 @@ from netaddr import IPAddress, IPNetwork
 from ipam.ledger import (
     AlreadyAttached,
     Attachment,
+    Claim,
     Exhausted,
     Key,
     Ledger,
@@ -40,7 +41,7 @@ def reserve(
     ledger: Ledger, container: str = "c1", cidrs: tuple[IPNetwork, ...] = CIDRS, request: str = "r1"
 ) -> Attachment:
     key = Key(container, "eth0")
-    return ledger.reserve(key, netns="/run/netns/a", host_ifname="pw0", request_id=request, cidrs=cidrs)
+    return ledger.reserve(key, Claim("net", "/run/netns/a", "pw0", request), cidrs)
 
 
 def fill(ledger: Ledger) -> list[Attachment]:
@@ -52,6 +53,7 @@ def test_an_attachment_lives_from_reserve_to_forget(ledger: Ledger) -> None:
     pending = reserve(ledger)
     assert pending == Attachment(
         KEY,
+        "net",
         "/run/netns/a",
         "pw0",
         (IPAddress("10.1.0.2"), IPAddress("fd00:1::2")),

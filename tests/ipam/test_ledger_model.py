@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from netaddr import IPAddress, IPNetwork
 
-from ipam.ledger import AlreadyAttached, Exhausted, Key, Ledger, LedgerError, State, StillReleasing
+from ipam.ledger import AlreadyAttached, Claim, Exhausted, Key, Ledger, LedgerError, State, StillReleasing
 from ipam.ranges import capacity, parse_pod_cidrs, pod_addresses
 
 # The ranges overlap, so that a podCIDR that grows, shrinks or moves is among what happens.
@@ -61,7 +61,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         others = {a for other, (_, held) in self.model.items() for a in held if other != key}
         try:
-            made = self.ledger.reserve(key, netns="", host_ifname="", request_id="", cidrs=self.cidrs)
+            made = self.ledger.reserve(key, Claim("", "", "", ""), self.cidrs)
         except AlreadyAttached:
             assert state is State.ATTACHED
         except StillReleasing:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ipam.ledger import Exhausted, Key, Ledger, State
+from ipam.ledger import Claim, Exhausted, Key, Ledger, State
 from ipam.ranges import parse_pod_cidrs
 
 FORK = multiprocessing.get_context("fork")
@@ -19,7 +19,7 @@ KEY = Key("c1", "eth0")
 
 
 def attach(ledger: Ledger, key: Key) -> None:
-    ledger.reserve(key, netns="", host_ifname="pw0", request_id="r", cidrs=CIDRS)
+    ledger.reserve(key, Claim("net", "", "pw0", "r"), CIDRS)
     ledger.commit(key, "{}")
 
 

@@ -38,9 +38,13 @@ def test_name_path_and_descriptor_mean_the_same_namespace(namespaces: Callable[[
         assert netns.run(fd, here) == netns.run(path, here) == netns.run(name, here)
         os.fstat(fd)  # still open: it is the caller's
     assert netns.path(str(path)) == path
-    assert netns.same(name, path)
-    assert not netns.same(name, "/proc/self/ns/net")
-    assert not netns.same(name, "missing")
+    with netns.opened(path) as fd, netns.opened("/proc/thread-self/ns/net") as home:
+        assert not netns.is_here(fd)
+        assert netns.run(fd, netns.is_here, fd)
+        assert netns.is_here(home)
+        assert netns.is_namespace(fd)
+    with netns.opened("/dev/null") as fd:
+        assert not netns.is_namespace(fd)
 
 
 def test_threads_started_inside_stay_inside(namespaces: Callable[[], str]) -> None:

@@ -53,16 +53,15 @@ def test_each_family_goes_its_own_way() -> None:
 def test_a_peer_without_address_is_a_problem_and_the_others_go_on() -> None:
     routes, problems = planned(Node("node2", ("10.244.2.0/24",)), FAR)
     assert [r.node for r in routes] == ["node3"]
-    assert problems == [
-        "node node2: no way to its pods in 10.244.2.0/24: it has no address that can be reached"
-    ]
+    assert problems == ["node node2: no way to its pods in 10.244.2.0/24: it has no IPv4 InternalIP"]
 
 
 def test_a_peer_elsewhere_without_a_gateway_is_a_problem() -> None:
     routes, problems = planned(FAR, underlay=Underlay())
     assert routes == []
     assert problems == [
-        "node node3: no way to its pods in 10.244.3.0/24: it has no address that can be reached"
+        "node node3: no way to its pods in 10.244.3.0/24: "
+        "192.168.60.13 is on no subnet of ours, and there is no default route"
     ]
 
 

@@ -26,9 +26,9 @@ from netlink.requests import (
 from netlink.rtnl import Rtnl
 from node.sources.objects import Object
 from node.store import Store
-from node.syncer import ROUTE_RETRY_SECONDS, SyncConfig, Syncer
+from node.syncer import COMPARE_SECONDS, RETRY_SECONDS, SyncConfig, Syncer
 from proxy.model import Node, ObjectName, Protocol, Service, ServicePort
-from proxy.nftables.ruleset import SERVICES, TABLE
+from proxy.nftables.ruleset import LOCAL_POD_CIDRS, SERVICES, TABLE
 
 ME = Node("node1", ("10.244.1.0/24",), ("192.168.50.11",))
 PEER = Node("node2", ("10.244.2.0/24",), ("192.168.50.12",))
@@ -133,14 +133,16 @@ def test_a_refused_route_is_tried_again_after_a_while(node: str, tmp_path: Path)
                 assert len(list(syncer.status.problems)) == 1
                 assert syncer.again() is None, "too early"
                 rtnl.commit(route_delete(foreign))
-                now += ROUTE_RETRY_SECONDS
+                now += RETRY_SECONDS
                 again = syncer.again()
                 assert again
                 syncer.sync(again)
                 assert gateways()["10.244.2.0/24"] == "192.168.50.12"
                 assert not list(syncer.status.problems)
-                now += ROUTE_RETRY_SECONDS
+                now += RETRY_SECONDS
                 assert syncer.again() is None, "nothing left to try"
+                now += COMPARE_SECONDS
+                assert syncer.again(), "but a look at the whole from time to time"
 
     netns.run(node, inside)
 
@@ -184,5 +186,83 @@ def test_a_node_without_range_serves_services_and_says_what_is_missing(node: str
             sync(syncer, store)
             assert verdicts() == 1
             assert syncer.status.problems == ("node node1 has no podCIDR yet: pods cannot be added",)
+
+    netns.run(node, inside)
+
+
+@pytest.mark.parametrize(
+    "damage", ["flush ruleset", "flush chain ip podwire prerouting", "flush table ip podwire"]
+)
+def test_rules_that_somebody_removed_are_set_again(node: str, tmp_path: Path, damage: str) -> None:
+    def inside() -> None:
+        now = 1000.0
+        store = Store()
+        with Ledger(tmp_path / "ledger.db", boot_id="b") as ledger:
+            with Syncer(ROUTED, ledger, clock=lambda: now) as syncer:
+                replace(store, ME, WEB)
+                sync(syncer, store)
+                with Nft(Family.V4, TABLE) as nft:
+                    before = nft.rules()
+                    subprocess.run(["nft", *damage.split()], check=True)
+                    now += COMPARE_SECONDS
+                    again = syncer.again()
+                    assert again
+                    syncer.sync(again)
+                    assert nft.rules() == before
+                    assert verdicts() == 1
+                    subprocess.run(["nft", *damage.split()], check=True)
+            with Syncer(ROUTED, ledger) as restarted, Nft(Family.V4, TABLE) as nft:
+                fresh = Store()
+                replace(fresh, ME, WEB)
+                sync(restarted, fresh)
+                assert nft.rules() == before
+                assert verdicts() == 1
+
+    netns.run(node, inside)
+
+
+def test_a_route_that_needs_a_default_route_comes_with_it(node: str, tmp_path: Path) -> None:
+    far = Node("node3", ("10.244.3.0/24",), ("192.168.60.13",))
+    now = 1000.0
+
+    def appear(syncer: Syncer, rtnl: Rtnl) -> None:
+        nonlocal now
+        store = Store()
+        replace(store, ME, far)
+        sync(syncer, store)
+        assert "there is no default route" in syncer.status.problems[0]
+        rtnl.commit(route_replace(Route("0.0.0.0/0", gateway="192.168.50.1", protocol=4)))
+        now += RETRY_SECONDS
+        again = syncer.again()
+        assert again
+        syncer.sync(again)
+        assert gateways()["10.244.3.0/24"] == "192.168.50.1"
+        assert not syncer.status.problems
+
+    def inside() -> None:
+        with (
+            Rtnl() as rtnl,
+            Ledger(tmp_path / "ledger.db", boot_id="b") as ledger,
+            Syncer(ROUTED, ledger, clock=lambda: now) as syncer,
+        ):
+            appear(syncer, rtnl)
+
+    netns.run(node, inside)
+
+
+def test_a_node_that_loses_its_range_keeps_its_pods_connected(node: str, tmp_path: Path) -> None:
+    def inside() -> None:
+        store = Store()
+        with Ledger(tmp_path / "ledger.db", boot_id="b") as ledger, Syncer(ROUTED, ledger) as syncer:
+            replace(store, ME)
+            sync(syncer, store)
+            with Nft(Family.V4, TABLE) as nft:
+                before = nft.elements(LOCAL_POD_CIDRS)
+                replace(store, Node("node1", (), ("192.168.50.11",)))
+                sync(syncer, store)
+                assert nft.elements(LOCAL_POD_CIDRS) == before != {}
+            assert syncer.status.problems == (
+                "node node1 has no podCIDR any more: its last, 10.244.1.0/24, counts",
+            )
 
     netns.run(node, inside)

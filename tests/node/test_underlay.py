@@ -29,6 +29,7 @@ STATIC = 4
 NEAR = Route("10.244.2.0/24", gateway="192.168.50.12")
 FAR = Route("10.244.3.0/24", gateway="192.168.50.1")
 OWN = Route("10.244.1.0/24")
+POD_LINK = "pw0123456789ab"
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def node(namespaces: Callable[[], str]) -> str:
 
 def _configure() -> None:
     with Rtnl() as rtnl:
-        rtnl.commit(link_up(1), veth_add(Veth("eth0", "wire", mtu=1400)), veth_add(Veth("pw1", "pod")))
+        rtnl.commit(link_up(1), veth_add(Veth("eth0", "wire", mtu=1400)), veth_add(Veth(POD_LINK, "pod")))
         index = {link.name: link.index for link in rtnl.links()}
         rtnl.commit(
             link_up(index["wire"]),
@@ -111,7 +112,7 @@ def test_nothing_wanted_removes_only_ours(node: str) -> None:
     """Pod routes, which lead to an interface, and everybody else's routes stay."""
 
     def inside() -> None:
-        pod = Route("10.244.1.5/32", oif=socket.if_nametoindex("pw1"))
+        pod = Route("10.244.1.5/32", oif=socket.if_nametoindex(POD_LINK))
         static = Route("10.100.0.0/16", gateway="192.168.50.1", protocol=STATIC)
         set_routes(pod, static, NEAR, OWN)
         with Rtnl() as rtnl:
@@ -156,7 +157,7 @@ def test_a_route_that_the_kernel_refuses_is_a_sentence_and_the_others_are_set(no
 def test_the_node_sees_its_subnets_but_not_the_pods_and_its_preferred_gateway(node: str) -> None:
     def inside() -> None:
         with Rtnl() as rtnl:
-            rtnl.commit(address_add(socket.if_nametoindex("pw1"), "10.244.1.1/24"))
+            rtnl.commit(address_add(socket.if_nametoindex(POD_LINK), "10.244.1.1/24"))
             assert underlay.observe(rtnl).gateways == {}
         set_routes(
             Route("0.0.0.0/0", gateway="192.168.50.1", protocol=STATIC),
@@ -176,7 +177,7 @@ def test_the_node_sees_its_subnets_but_not_the_pods_and_its_preferred_gateway(no
 def test_the_mtu_is_that_of_the_way_out(node: str) -> None:
     def inside() -> None:
         with Rtnl() as rtnl:
-            rtnl.commit(link_set(socket.if_nametoindex("pw1"), mtu=1280))
+            rtnl.commit(link_set(socket.if_nametoindex(POD_LINK), mtu=1280))
             assert underlay.egress_mtu(rtnl) == 1400, "without a default route: the smallest that is no pod's"
             rtnl.commit(veth_add(Veth("eth1", "wire1", mtu=9000)))
             rtnl.commit(address_add(socket.if_nametoindex("eth1"), "192.168.60.11/24"))
