@@ -161,7 +161,7 @@ def _read(path: Path, signature: tuple[int, int, int], before: _File | None) -> 
     try:
         documents = list(_documents(path))
     except Exception as error:  # PyYAML's constructors raise what they please for what people write
-        what = " ".join(str(error).split())
+        what = " ".join(str(error).replace('in "<byte string>", ', "").split())
         return _File(signature, known, [f"{path.name}: not readable as YAML or JSON: {what}"])
     found = _File(signature)
     for document in documents:
