@@ -86,6 +86,9 @@ def add_parsers(commands: Any) -> None:
         "--conf-dir", type=Path, default=Path("/etc/cni/net.d"), help="(default: %(default)s)"
     )
     _add_paths(install)
+    install.add_argument(
+        "--remove", action="store_true", help="take both out again: the conflist first, then the plugin"
+    )
     install.set_defaults(run=run_install)
 
 
@@ -130,10 +133,14 @@ def run_daemon(args: argparse.Namespace) -> int:
 
 
 def run_install(args: argparse.Namespace) -> int:
-    """Write the plugin and the conflist."""
+    """Write the plugin and the conflist, or remove them; print the files."""
     from cni import install
 
     _need_root("install")
+    if args.remove:
+        for file in install.remove(args.bin_dir, args.conf_dir):
+            print(file)
+        return 0
     try:
         binary = install.install_binary(args.bin_dir, socket=str(args.socket), state_dir=str(args.state_dir))
         conflist = install.install_conflist(args.conf_dir)

@@ -267,11 +267,6 @@ class Ledger:
         sql = f"SELECT {COLUMNS} FROM attachment WHERE ?1 IS NULL OR state = ?1 ORDER BY created"
         return tuple(_attachment(row) for row in self._read(sql, state))
 
-    def of_container(self, container_id: str) -> tuple[Attachment, ...]:
-        """Return the container's attachments, by interface name."""
-        sql = f"SELECT {COLUMNS} FROM attachment WHERE container_id = ? ORDER BY ifname"
-        return tuple(_attachment(row) for row in self._read(sql, container_id))
-
     def usage(self, cidrs: Sequence[IPNetwork]) -> tuple[Usage, ...]:
         """Return how full each range is."""
         with self._transaction("BEGIN") as db:

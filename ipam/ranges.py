@@ -1,9 +1,8 @@
-"""PodCIDRs as ranges of pod addresses: parse them, size them, find the ones that overlap."""
+"""PodCIDRs as ranges of pod addresses: parse them, size them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from netaddr import AddrFormatError, IPAddress, IPNetwork, IPRange
 
@@ -14,16 +13,6 @@ LARGEST_POOL = 2**16
 
 class RangeError(ValueError):
     """A podCIDR that cannot be used; the message is a sentence with the field and the value."""
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """`cidr_b` of `node_b` lies in (or equals) `cidr_a` of `node_a`."""
-
-    node_a: str
-    node_b: str
-    cidr_a: IPNetwork
-    cidr_b: IPNetwork
 
 
 def parse_pod_cidrs(values: Iterable[str]) -> tuple[IPNetwork, ...]:
@@ -78,28 +67,3 @@ def pod_addresses(cidr: IPNetwork) -> IPRange:
     """
     first = cidr.first + 2
     return IPRange(IPAddress(first, cidr.version), IPAddress(first + capacity(cidr) - 1, cidr.version))
-
-
-def overlapping(cidrs: Mapping[str, tuple[IPNetwork, ...]]) -> tuple[Overlap, ...]:
-    """Return which nodes' podCIDRs share addresses, by node name.
-
-    Two CIDRs share addresses only if one contains the other, so each CIDR that lies in another node's is
-    named once, with the narrowest such CIDR. Sorted and deterministic: n log n, whatever the conflicts.
-    """
-    ordered = sorted(
-        ((cidr, node) for node, ranges in cidrs.items() for cidr in ranges),
-        key=lambda item: (item[0].version, item[0].first, item[0].prefixlen, item[1]),
-    )
-    found = []
-    enclosing: list[tuple[IPNetwork, str]] = []  # each lies in the one before it
-    for cidr, node in ordered:
-        while enclosing and not _contains(enclosing[-1][0], cidr):
-            enclosing.pop()
-        if outer := next((item for item in reversed(enclosing) if item[1] != node), None):
-            found.append(Overlap(outer[1], node, outer[0], cidr))
-        enclosing.append((cidr, node))
-    return tuple(found)
-
-
-def _contains(outer: IPNetwork, inner: IPNetwork) -> bool:
-    return bool(outer.version == inner.version and outer.first <= inner.first <= inner.last <= outer.last)

@@ -51,11 +51,6 @@ class Family(Enum):
         return 3 if self is Family.V4 else 4
 
     @property
-    def loopback(self) -> str:
-        """The loopback range, as a CIDR."""
-        return "127.0.0.0/8" if self is Family.V4 else "::1/128"
-
-    @property
     def gateway(self) -> str:
         """The address every routed pod sees as its gateway; no interface carries it."""
         return "169.254.1.1" if self is Family.V4 else "fe80::1"

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from netaddr import IPNetwork
+
 from cni.plugin import Plugin, ledger_of
 from cni.reaper import Reaper
 from ipam.ledger import Ledger, LedgerError
@@ -163,6 +165,9 @@ class Daemon:
             self._metrics.elements.set(syncer.elements)
             self._metrics.frontends.set(len(syncer.table))
             self._metrics.pods.set(len(ledger.attachments()))
+            for usage in ledger.usage([IPNetwork(c) for c in syncer.status.pod_cidrs]):
+                self._metrics.addresses.labels(str(usage.cidr), "capacity").set(usage.capacity)
+                self._metrics.addresses.labels(str(usage.cidr), "used").set(usage.used)
             return 200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.page()
 
         def proxy_mode() -> tuple[int, str, bytes]:

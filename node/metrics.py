@@ -34,6 +34,12 @@ class Metrics:
         self.frontends = Gauge(
             "podwire_frontends", "Addresses and ports that are served", registry=self._registry
         )
+        self.addresses = Gauge(
+            "podwire_pod_addresses",
+            "Pod addresses of a podCIDR: how many there are, and how many are taken",
+            ("cidr", "kind"),
+            registry=self._registry,
+        )
         self.pods = Gauge("podwire_pods", "Pod attachments in the ledger", registry=self._registry)
 
     def page(self) -> bytes:

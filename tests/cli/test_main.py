@@ -168,6 +168,16 @@ def test_install_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(Path(conflist).read_text())["plugins"] == [{"type": "podwire"}]
 
 
+def test_install_takes_out_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--bin-dir", str(tmp_path / "bin"), "--conf-dir", str(tmp_path / "net.d")]
+    assert main(["install", *where]) == 0
+    assert main(["install", "--remove", *where]) == 0
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+    capsys.readouterr()
+    assert main(["install", "--remove", *where]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_install_where_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.touch()

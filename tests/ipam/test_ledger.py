@@ -69,7 +69,7 @@ def test_an_attachment_lives_from_reserve_to_forget(ledger: Ledger) -> None:
         '{"ips": []}',
         pending.addresses,
     )
-    assert ledger.get(KEY) == attached and ledger.of_container("c1") == (attached,)
+    assert ledger.get(KEY) == attached and ledger.attachments() == (attached,)
     for _ in range(2):
         released = ledger.release(KEY)
         assert released is not None and released.state is State.RELEASED

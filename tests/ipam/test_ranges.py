@@ -5,11 +5,9 @@ from netaddr import IPAddress, IPNetwork
 
 from ipam.ranges import (
     LARGEST_POOL,
-    Overlap,
     RangeError,
     capacity,
     gateway,
-    overlapping,
     parse_pod_cidrs,
     pod_addresses,
 )
@@ -73,47 +71,3 @@ def test_pods_get_neither_network_nor_gateway_nor_broadcast(
     )
     assert capacity(cidr) == pods.size == size
     assert gateway(cidr) == IPAddress(first) - 1
-
-
-def test_overlaps_are_named_with_both_nodes_and_ranges() -> None:
-    plan = {
-        "wide": parse_pod_cidrs(["10.0.0.0/8", "fd00:1::/64"]),
-        "inside": parse_pod_cidrs(["10.7.0.0/24", "fd00:2::/64"]),
-        "same": parse_pod_cidrs(["10.7.0.0/24"]),
-        "apart": parse_pod_cidrs(["11.0.0.0/8"]),
-    }
-    assert overlapping(plan) == (
-        Overlap("wide", "inside", IPNetwork("10.0.0.0/8"), IPNetwork("10.7.0.0/24")),
-        Overlap("inside", "same", IPNetwork("10.7.0.0/24"), IPNetwork("10.7.0.0/24")),
-    )
-
-
-def test_a_nodes_own_ranges_do_not_conflict_but_do_not_hide_others() -> None:
-    twice = (IPNetwork("10.0.0.0/8"), IPNetwork("10.7.0.0/16"))
-    assert overlapping({"a": twice, "b": (IPNetwork("10.7.1.0/24"),)}) == (
-        Overlap("a", "b", IPNetwork("10.7.0.0/16"), IPNetwork("10.7.1.0/24")),
-    )
-
-
-small_networks = st.builds(
-    lambda last, length: IPNetwork(f"10.0.0.{last}/{length}").cidr, st.integers(0, 255), st.integers(26, 32)
-)
-
-
-@given(st.lists(small_networks, max_size=12))
-def test_a_node_is_named_exactly_when_it_shares_an_address(networks: list[IPNetwork]) -> None:
-    found = overlapping({f"n{i}": (network,) for i, network in enumerate(networks)})
-    named = {name for conflict in found for name in (conflict.node_a, conflict.node_b)}
-    sharing = {
-        f"n{i}"
-        for i, a in enumerate(networks)
-        for j, b in enumerate(networks)
-        if i != j and a.first <= b.last and b.first <= a.last
-    }
-    assert named == sharing
-    assert all(conflict.cidr_b in conflict.cidr_a for conflict in found)
-
-
-def test_five_thousand_nodes_on_one_range_are_five_thousand_conflicts_not_millions() -> None:
-    cidrs = parse_pod_cidrs(["10.0.0.0/24"])
-    assert len(overlapping({f"n{i}": cidrs for i in range(5000)})) == 4999

@@ -141,6 +141,11 @@ def test_an_unknown_page(world: World) -> None:
     assert world.get(10249, "/nothing")[0] == 404
 
 
+def test_metrics_tell_how_full_the_range_is(world: World) -> None:
+    _, text = world.get(10249, "/metrics")
+    assert 'podwire_pod_addresses{cidr="10.244.1.0/24",kind="capacity"} 253.0' in text
+
+
 def test_metrics(world: World) -> None:
     status, body = world.get(10249, "/metrics")
     figures = dict(line.rsplit(" ", 1) for line in body.splitlines() if not line.startswith("#"))
