@@ -13,8 +13,8 @@ from ipaddress import ip_address, ip_interface, ip_network
 
 from netlink.attributes import attribute, nested, text
 from netlink.family import Family
+from netlink.messages import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE
 
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_GETADDR = 20, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26

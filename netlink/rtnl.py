@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import socket
-import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
 from netlink.errors import NetlinkError
+from netlink.messages import (
+    NLM_F_ACK,
+    NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    error_code,
+    pack,
+    split,
+)
 from netlink.requests import (
     RTM_GETADDR,
     RTM_GETLINK,
@@ -22,9 +31,6 @@ from netlink.requests import (
 if TYPE_CHECKING:
     from netlink.decode import Address, Link, Neighbour
 
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR = 0x1, 0x4, 0x300, 0x10
-HEADER = struct.Struct("=IHHII")
 ANY_FAMILY = bytes(16)
 """A dump's body: all zeroes ask for everything."""
 RECEIVE_BYTES = 1 << 18
@@ -73,7 +79,7 @@ class Rtnl:
                 if kind != NLMSG_ERROR or sequence < first:
                     continue
                 pending -= 1
-                code = -struct.unpack_from("=i", body, 16)[0]
+                code = error_code(body)
                 if code and failure is None:
                     failure = NetlinkError(code, f"cannot {requests[sequence - first].what}")
         return failure
@@ -131,7 +137,7 @@ class Rtnl:
                 if sequence != self._sequence:
                     continue
                 if answer == NLMSG_ERROR:
-                    raise NetlinkError(-struct.unpack_from("=i", message, 16)[0], f"cannot {what}")
+                    raise NetlinkError(error_code(message), f"cannot {what}")
                 return message
 
     def _dump(self, kind: int) -> list[bytes]:
@@ -148,7 +154,7 @@ class Rtnl:
                     if answer == NLMSG_DONE:
                         done = True
                     elif answer == NLMSG_ERROR:
-                        raise NetlinkError(-struct.unpack_from("=i", message, 16)[0], "cannot read a table")
+                        raise NetlinkError(error_code(message), "cannot read a table")
                     else:
                         found.append(message)
             if not interrupted:
@@ -156,7 +162,7 @@ class Rtnl:
 
     def _frame(self, kind: int, flags: int, body: bytes) -> bytes:
         self._sequence += 1
-        return HEADER.pack(HEADER.size + len(body), kind, NLM_F_REQUEST | flags, self._sequence, 0) + body
+        return pack(kind, flags, self._sequence, body)
 
     def _send(self, data: bytes) -> None:
         if self._socket is None:
@@ -166,9 +172,4 @@ class Rtnl:
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         """Yield (type, flags, sequence, whole message) of the next datagram."""
         assert self._socket is not None
-        data = self._socket.recv(RECEIVE_BYTES)
-        offset = 0
-        while offset < len(data):
-            length, kind, flags, sequence, _ = HEADER.unpack_from(data, offset)
-            yield kind, flags, sequence, data[offset : offset + length]
-            offset += (length + 3) & ~3
+        yield from split(self._socket.recv(RECEIVE_BYTES))

@@ -16,6 +16,20 @@ from typing import Protocol, Self
 from netlink.attributes import NLA_F_NESTED, attribute, parsed, text
 from netlink.errors import NetlinkError
 from netlink.family import Family
+from netlink.messages import (
+    NLM_F_ACK,
+    NLM_F_ACK_TLVS,
+    NLM_F_APPEND,
+    NLM_F_CAPPED,
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    NLM_F_EXCL,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    error_code,
+    pack,
+    split,
+)
 from netlink.nftables import dump
 from netlink.nftables.objects import Chain, Data, Elements, Map, Rule, encode_element, tlv
 
@@ -24,14 +38,10 @@ BATCH_BEGIN, BATCH_END = 0x10, 0x11
 NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, NEWSET = 0, 2, 3, 5, 6, 9
 NEWSETELEM, DELSETELEM = 12, 14
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x1, 0x4, 0x200, 0x400, 0x800
-NLM_F_CAPPED, NLM_F_ACK_TLVS = 0x100, 0x200
-NLMSG_ERROR = 2
 NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS = 1, 2
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 
-HEADER = struct.Struct("=IHHII")
 ELEMENT_BYTES = 60_000  # a nested attribute's length has 16 bits
 RECEIVE_BYTES = 1 << 20
 
@@ -254,8 +264,8 @@ class Nft:
     def _frame(self, kind: int, flags: int, body: bytes, *, subsystem: int = 10, resource: int = 0) -> bytes:
         self._sequence += 1
         family = self.family.af if subsystem else 0
-        header = HEADER.pack(len(body) + 20, subsystem << 8 | kind, NLM_F_REQUEST | flags, self._sequence, 0)
-        return header + struct.pack(">BBH", family, 0, resource) + body
+        nfgenmsg = struct.pack(">BBH", family, 0, resource)
+        return pack(subsystem << 8 | kind, flags, self._sequence, nfgenmsg + body)
 
     def _collect(
         self,
@@ -272,7 +282,7 @@ class Nft:
             for kind, flags, sequence, body in self._receive():
                 if kind != NLMSG_ERROR or sequence < first - 1:
                     continue
-                code = -struct.unpack_from("=i", body, 16)[0]
+                code = error_code(body)
                 if code:
                     self._drain()
                     position = sequence - first
@@ -295,22 +305,17 @@ class Nft:
         self._open.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
         self._open.send(self._frame(kind, flags, body))
         wanted = self._sequence
-        multi = bool(flags & dump.NLM_F_DUMP)
+        multi = bool(flags & NLM_F_DUMP)
         while True:
             for answer, answer_flags, sequence, message in self._receive():
                 if sequence != wanted:
                     continue
                 yield answer, answer_flags, message
-                if not multi or answer in (dump.NLMSG_DONE, NLMSG_ERROR):
+                if not multi or answer in (NLMSG_DONE, NLMSG_ERROR):
                     return
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        data = self._open.recv(RECEIVE_BYTES)
-        offset = 0
-        while offset < len(data):
-            length, kind, flags, sequence, _ = HEADER.unpack_from(data, offset)
-            yield kind, flags, sequence, data[offset : offset + length]
-            offset += (length + 3) & ~3
+        yield from split(self._open.recv(RECEIVE_BYTES))
 
 
 def chunks(elements: Sequence[tuple[bytes, Data]], interval: bool) -> Iterator[tuple[int, list[bytes]]]:

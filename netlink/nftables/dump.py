@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from netlink.attributes import parse, parsed, text
 from netlink.errors import NetlinkError
 from netlink.family import Family
+from netlink.messages import NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, error_code
 from netlink.nftables.expressions import Verdict
 from netlink.nftables.objects import ELEMENT_INTERVAL_END, Data, Elements, Goto, Map
 
 GETTABLE, GETCHAIN, GETRULE, GETSETELEM = 1, 4, 7, 13
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_DUMP, NLM_F_DUMP_INTR = 0x300, 0x10
 ENOENT = 2
 BODY = 20  # netlink header and nfgenmsg
 
@@ -124,6 +123,6 @@ def _dump(ask: Ask, kind: int, body: bytes, what: str) -> list[bytes]:
 
 
 def _refuse(message: bytes, what: str, *, missing_is_fine: bool) -> None:
-    code = -struct.unpack_from("=i", message, 16)[0]
+    code = error_code(message)
     if code and not (missing_is_fine and code == ENOENT):
         raise NetlinkError(code, f"cannot {what}")
