@@ -106,7 +106,7 @@ class Plugin:
             case Command.GC:
                 self._collect_garbage(request)
             case Command.STATUS:
-                self._status()
+                self._settings(otherwise=spec.NOT_AVAILABLE)
             case Command.VERSION:
                 return _version(request)
         return b""
@@ -235,15 +235,11 @@ class Plugin:
         if failures:
             raise CniError(spec.IO_FAILURE, "; ".join(failures))
 
-    def _status(self) -> None:
-        settings = self.ledger.settings()
-        if NodeSettings.from_mapping(settings) is None:
-            raise CniError(spec.NOT_AVAILABLE, "no podCIDR is known: the daemon has not synced yet")
-
-    def _settings(self) -> NodeSettings:
+    def _settings(self, otherwise: int = spec.TRY_AGAIN) -> NodeSettings:
+        """Return the node's settings; while there are none, raise the code given."""
         settings = NodeSettings.from_mapping(self.ledger.settings())
         if settings is None:
-            raise CniError(spec.TRY_AGAIN, "no podCIDR is known: the daemon has not synced yet")
+            raise CniError(otherwise, "no podCIDR is known: the daemon has not synced yet")
         return settings
 
 

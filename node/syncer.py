@@ -174,7 +174,9 @@ class Syncer:
         found = [*missing, *problems, *refused]
         if cidrs:
             mtu = self._config.mtu or underlay.egress_mtu(self._rtnl)
-            self._ledger.save_settings(NodeSettings(self._config.mode, mtu, cidrs).to_mapping())
+            settings = NodeSettings(self._config.mode, mtu, cidrs).to_mapping()
+            if settings != self._ledger.settings():
+                self._ledger.save_settings(settings)
             if self._config.mode is Mode.BRIDGE:
                 found += ensure_bridge(cidrs)
         self._node_problems = tuple(found)

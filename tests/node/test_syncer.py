@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cni.wiring import Mode
-from ipam.ledger import Ledger, LedgerError
+from ipam.ledger import Ledger, LedgerBusy
 from netlink import netns
 from netlink.family import Family
 from netlink.nftables.batch import DeleteTable, Nft
@@ -38,14 +38,14 @@ ROUTED = SyncConfig("node1", Mode.ROUTED)
 
 
 class FailingLedger(Ledger):
-    """A ledger whose disk is full while `full`."""
+    """A ledger that another process keeps locked while `locked`."""
 
-    full = False
+    locked = False
 
-    def save_settings(self, values: object) -> None:
-        if self.full:
-            raise LedgerError("ledger is full")
-        super().save_settings(values)  # type: ignore[arg-type]
+    def settings(self) -> dict[str, str]:
+        if self.locked:
+            raise LedgerBusy("the ledger is locked")
+        return super().settings()
 
 
 @pytest.fixture
@@ -88,11 +88,11 @@ def test_a_change_whose_node_part_fails_is_in_the_kernel_after_the_next(node: st
         with FailingLedger(tmp_path / "ledger.db", boot_id="b") as ledger, Syncer(ROUTED, ledger) as syncer:
             replace(store, ME, WEB)
             sync(syncer, store)
-            ledger.full = True
+            ledger.locked = True
             replace(store, ME, PEER, WEB, MORE)
-            with pytest.raises(LedgerError):
+            with pytest.raises(LedgerBusy):
                 sync(syncer, store)
-            ledger.full = False
+            ledger.locked = False
             replace(store, ME, WEB, MORE)
             sync(syncer, store)
             assert verdicts() == 2
