@@ -18,11 +18,12 @@ from netlink.messages import NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_GETADDR = 20, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
-RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
+RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
 
 IFF_UP = 1
 IFA_F_NODAD = 0x02
 NUD_PERMANENT = 0x80
+NTF_PROXY = 0x08
 RT_TABLE_MAIN = 254
 RTN_UNICAST, RTN_UNREACHABLE = 1, 7
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
@@ -168,6 +169,12 @@ def route_replace(route: Route) -> Request:
     return Request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _route(route))
 
 
+def route_add(route: Route) -> Request:
+    """Add a route; one to the same destination (and of the same metric) is an error that `exists`."""
+    what = f"add the route to {route.destination}"
+    return Request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, _route(route))
+
+
 def route_delete(route: Route) -> Request:
     """Remove a route."""
     return Request(f"remove the route to {route.destination}", RTM_DELROUTE, 0, _route(route))
@@ -179,6 +186,30 @@ def neighbour_replace(index: int, address: str, mac: str) -> Request:
     body = _NEIGHBOUR.pack(Family(ip.version).af, index, NUD_PERMANENT, 0, 0)
     body += attribute(NDA_DST, ip.packed) + attribute(NDA_LLADDR, _mac(mac))
     return Request(f"set neighbour {address}", RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, body)
+
+
+def proxy_add(index: int, address: str) -> Request:
+    """Answer ARP or neighbour solicitations for an address on an interface (`ip neigh add proxy`)."""
+    return Request(
+        f"answer for {address}", RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, _proxy(index, address)
+    )
+
+
+def proxy_delete(index: int, address: str) -> Request:
+    """Answer no more for an address on an interface."""
+    return Request(f"stop answering for {address}", RTM_DELNEIGH, 0, _proxy(index, address))
+
+
+def proxy_query() -> bytes:
+    """Return the body that asks for all proxy entries."""
+    return _NEIGHBOUR.pack(0, 0, 0, NTF_PROXY, 0)
+
+
+def _proxy(index: int, address: str) -> bytes:
+    ip = ip_address(address)
+    return _NEIGHBOUR.pack(Family(ip.version).af, index, NUD_PERMANENT, NTF_PROXY, 0) + attribute(
+        NDA_DST, ip.packed
+    )
 
 
 def link_query(index: int) -> bytes:

@@ -25,6 +25,7 @@ from netlink.requests import (
     Request,
     Route,
     link_query,
+    proxy_query,
     route_query,
 )
 
@@ -88,7 +89,7 @@ class Rtnl:
         """All interfaces."""
         from netlink import decode
 
-        return tuple(decode.link(m) for m in self._dump(RTM_GETLINK))
+        return tuple(decode.link(m) for m in self.dump(RTM_GETLINK))
 
     def link(self, name: str) -> Link | None:
         """Return the interface of that name, or None."""
@@ -104,14 +105,14 @@ class Rtnl:
         """All addresses, or those of one interface."""
         from netlink import decode
 
-        found = map(decode.address, self._dump(RTM_GETADDR))
+        found = map(decode.address, self.dump(RTM_GETADDR))
         return tuple(a for a in found if index in (None, a.index))
 
     def routes(self, protocol: int | None = None) -> tuple[Route, ...]:
         """Routes of the main table, or those of one route protocol number."""
         from netlink import decode
 
-        found = map(decode.route, self._dump(RTM_GETROUTE))
+        found = map(decode.route, self.dump(RTM_GETROUTE))
         return tuple(r for r in found if r and protocol in (None, r.protocol))
 
     def route_to(self, address: str) -> Route | None:
@@ -127,7 +128,14 @@ class Rtnl:
         """All neighbour entries of IPv4 and IPv6."""
         from netlink import decode
 
-        return tuple(n for n in map(decode.neighbour, self._dump(RTM_GETNEIGH)) if n)
+        return tuple(n for n in map(decode.neighbour, self.dump(RTM_GETNEIGH)) if n)
+
+    def proxies(self) -> tuple[tuple[int, str], ...]:
+        """All addresses that interfaces answer for, as (interface index, address)."""
+        from netlink import decode
+
+        found = (decode.neighbour(m) for m in self.dump(RTM_GETNEIGH, proxy_query()))
+        return tuple((n.index, n.address) for n in found if n)
 
     def _ask(self, kind: int, body: bytes, what: str) -> bytes:
         """Return the one message that answers a question."""
@@ -140,10 +148,10 @@ class Rtnl:
                     raise NetlinkError(error_code(message), f"cannot {what}")
                 return message
 
-    def _dump(self, kind: int) -> list[bytes]:
-        """Return all messages of a dump; a dump that changed under way is asked for again."""
+    def dump(self, kind: int, body: bytes = ANY_FAMILY) -> list[bytes]:
+        """Return all messages of a kind (RTM_GET…); a dump that changed under way is asked for again."""
         while True:
-            self._send(self._frame(kind, NLM_F_DUMP, ANY_FAMILY))
+            self._send(self._frame(kind, NLM_F_DUMP, body))
             found: list[bytes] = []
             interrupted = done = False
             while not done:

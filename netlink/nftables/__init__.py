@@ -2,7 +2,8 @@
 
 - `expressions` are the parts of a rule (`Payload`, `Lookup`, `Nat`, …), frozen values that encode themselves.
 - `objects` are `Table`, `Chain`, `Rule`, `Map`: what a batch creates and removes.
-- `Batch` collects operations and commits them all or none; a refusal names what was refused.
+- `batch`: `Nft` commits operations on one table, all or none; a refusal names what was refused. `NftSocket`
+  does so across tables and families, and tells the ruleset's generation.
 - `dump` reads tables, chains, rules and elements back.
 - `fake` is the same in memory; `trace` walks a packet through the rules of either.
 """

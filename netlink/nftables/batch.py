@@ -7,13 +7,15 @@ makes the `nft` program slow on a large ruleset. Source: linux/netfilter/nfnetli
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import socket
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from netlink.attributes import NLA_F_NESTED, attribute, parsed, text
+from netlink.attributes import NLA_F_NESTED, attribute, number, parsed, text
 from netlink.errors import NetlinkError
 from netlink.family import Family
 from netlink.messages import (
@@ -31,10 +33,10 @@ from netlink.messages import (
     split,
 )
 from netlink.nftables import dump
-from netlink.nftables.objects import Chain, Data, Elements, Map, Rule, encode_element, tlv
+from netlink.nftables.objects import Chain, Data, Elements, Map, Rule, Table, encode_element, tlv
 
 NFNL_SUBSYS_NFTABLES = 10
-BATCH_BEGIN, BATCH_END = 0x10, 0x11
+BATCH_BEGIN, BATCH_END, BATCH_GENERATION = 0x10, 0x11, 1
 NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, NEWSET = 0, 2, 3, 5, 6, 9
 NEWSETELEM, DELSETELEM = 12, 14
 
@@ -56,6 +58,11 @@ class BatchError(NetlinkError):
         super().__init__(code, f"cannot {what}", detail)
         self.operation = operation
         self.element = element
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the ruleset is no longer of the generation that the batch was made for (ERESTART)."""
+        return self.errno == errno.ERESTART
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,17 @@ class AddElements:
 
 
 @dataclass(frozen=True, slots=True)
+class EnsureElements:
+    """Put elements into a map unless they are there; a key that is there with other data is an error."""
+
+    map: Map
+    elements: Sequence[tuple[bytes, Data]]
+
+    def __str__(self) -> str:
+        return f"put elements into map {self.map.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteElements:
     """Take elements out of a map; a key that is not there is an error."""
 
@@ -138,7 +156,21 @@ class DeleteElements:
         return f"delete elements from map {self.map.name}"
 
 
-Operation = AddTable | DeleteTable | AddChain | DeleteChain | AddRule | AddMap | AddElements | DeleteElements
+Operation = (
+    AddTable
+    | DeleteTable
+    | AddChain
+    | DeleteChain
+    | AddRule
+    | AddMap
+    | AddElements
+    | EnsureElements
+    | DeleteElements
+)
+
+
+Pairs = Sequence[tuple[bytes, Data]]
+"""Elements on their way into or out of a map."""
 
 
 class Nftables(Protocol):
@@ -172,16 +204,56 @@ class Nft:
 
     def __init__(self, family: Family, table: str) -> None:
         self.family = family
-        self.table = table
+        self.table = Table(family, table)
+        self._socket = NftSocket()
+
+    def __enter__(self) -> Self:
+        self._socket.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.__exit__()
+
+    def commit(self, operations: Sequence[Operation]) -> None:
+        """Apply all operations or, with BatchError, none."""
+        self._socket.commit((self.table, operations))
+
+    def table_comment(self) -> str | None:
+        """Return the comment of our table, or None when there is no table."""
+        return self._socket.table_comment(self.table)
+
+    def chains(self) -> frozenset[str]:
+        """Return the names of the table's chains."""
+        return self._socket.chains(self.table)
+
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """Return the comments of the table's rules, in order, by chain."""
+        return self._socket.rules(self.table)
+
+    def elements(self, which: Map) -> Elements:
+        """Return what is in a map."""
+        return self._socket.elements(self.table, which)
+
+
+class NftSocket:
+    """The kernel's nftables: any tables of the network namespace of the thread that opens it.
+
+    A batch may span tables and families. One thread at a time.
+    """
+
+    def __init__(self) -> None:
         self._socket: socket.socket | None = None
         self._sequence = 0
 
     def __enter__(self) -> Self:
+        if self._socket is not None:
+            raise RuntimeError("the nftables socket is open already")
         flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self._socket = socket.socket(socket.AF_NETLINK, flags, 12)  # NETLINK_NETFILTER
         self._socket.bind((0, 0))
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):
             self._socket.setsockopt(SOL_NETLINK, option, 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,39 +261,51 @@ class Nft:
             self._socket.close()
             self._socket = None
 
-    def commit(self, operations: Sequence[Operation]) -> None:
-        """Apply all operations or, with BatchError, none."""
-        if not operations:
+    def commit(self, *parts: tuple[Table, Sequence[Operation]], generation: int = 0) -> None:
+        """Apply the operations of all parts or, with BatchError, none.
+
+        Given a `generation`, the kernel refuses the batch (`BatchError.outdated`) once that is past.
+        """
+        operations = [(table, operation) for table, some in parts for operation in some]
+        encoded = [
+            (table, operation, message)
+            for index, (table, operation) in enumerate(operations)
+            for message in _encode(table, operation, index)
+        ]
+        if not encoded:
             return
         first = self._sequence + 1
-        sent: list[tuple[Operation, Sequence[tuple[bytes, Data]]]] = []
-        messages: list[bytes] = [self._frame(BATCH_BEGIN, 0, b"", subsystem=0, resource=NFNL_SUBSYS_NFTABLES)]
-        for number, operation in enumerate(operations):
-            last = number == len(operations) - 1
-            for kind, flags, body, elements in self._encode(operation, number):
-                messages.append(self._frame(kind, flags | (NLM_F_ACK if last else 0), body))
-                sent.append((operation, elements))
+        known = number(BATCH_GENERATION, generation) if generation else b""
+        messages = [self._frame(BATCH_BEGIN, 0, known, subsystem=0, resource=NFNL_SUBSYS_NFTABLES)]
+        for table, _, (kind, flags, body, _) in encoded:
+            flags |= NLM_F_ACK if len(messages) == len(encoded) else 0
+            messages.append(self._frame(kind, flags, body, family=table.family.af))
+        sent = [(operation, elements) for _, operation, (*_, elements) in encoded]
         messages.append(self._frame(BATCH_END, 0, b"", subsystem=0, resource=NFNL_SUBSYS_NFTABLES))
         data = b"".join(messages)
         self._open.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, len(data) + (1 << 20))
         self._open.send(data)
         self._collect(sent, messages, first + 1)
 
-    def table_comment(self) -> str | None:
-        """Return the comment of our table, or None when there is no table."""
-        return dump.table_comment(self._ask, self.family, self.table)
+    def generation(self) -> int:
+        """Return the number of the last change that anybody made to this namespace's ruleset; 10 µs."""
+        return dump.generation(functools.partial(self._ask, 0))
 
-    def chains(self) -> frozenset[str]:
-        """Return the names of the table's chains."""
-        return dump.chains(self._ask, self.family, self.table)
+    def table_comment(self, table: Table) -> str | None:
+        """Return the comment of a table, or None when there is no such table."""
+        return dump.table_comment(functools.partial(self._ask, table.family.af), table)
 
-    def rules(self) -> dict[str, tuple[str, ...]]:
-        """Return the comments of the table's rules, in order, by chain."""
-        return dump.rules(self._ask, self.family, self.table)
+    def chains(self, table: Table) -> frozenset[str]:
+        """Return the names of a table's chains."""
+        return dump.chains(functools.partial(self._ask, table.family.af), table)
 
-    def elements(self, which: Map) -> Elements:
-        """Return what is in a map."""
-        return dump.elements(self._ask, self.family, self.table, which)
+    def rules(self, table: Table) -> dict[str, tuple[str, ...]]:
+        """Return the comments of a table's rules, in order, by chain."""
+        return dump.rules(functools.partial(self._ask, table.family.af), table)
+
+    def elements(self, table: Table, which: Map) -> Elements:
+        """Return what is in a map of a table."""
+        return dump.elements(functools.partial(self._ask, table.family.af), table, which)
 
     @property
     def _open(self) -> socket.socket:
@@ -229,47 +313,16 @@ class Nft:
             raise RuntimeError("the nftables socket is not open")
         return self._socket
 
-    def _encode(
-        self, operation: Operation, number: int
-    ) -> Iterator[tuple[int, int, bytes, Sequence[tuple[bytes, Data]]]]:
-        """Yield (message type, flags, body, the elements in it) for an operation."""
-        create = NLM_F_CREATE | NLM_F_EXCL
-        match operation:
-            case AddTable(comment):
-                userdata = attribute(6, tlv(0, comment.encode() + b"\0"))
-                yield NEWTABLE, create, text(1, self.table) + userdata, ()
-            case DeleteTable():
-                yield DELTABLE, 0, text(1, self.table), ()
-            case AddChain(chain):
-                yield NEWCHAIN, create, chain.attributes(self.table), ()
-            case DeleteChain(name):
-                yield DELCHAIN, 0, text(1, self.table) + text(3, name), ()
-            case AddRule(rule):
-                yield NEWRULE, NLM_F_CREATE | NLM_F_APPEND, rule.attributes(self.table), ()
-            case AddMap(which):
-                yield NEWSET, create, which.attributes(self.table, self.family, number + 1), ()
-            case AddElements(which, elements):
-                yield from self._encode_elements(NEWSETELEM, create, which, elements)
-            case DeleteElements(which, elements):
-                yield from self._encode_elements(DELSETELEM, 0, which, elements)
-
-    def _encode_elements(
-        self, kind: int, flags: int, which: Map, elements: Sequence[tuple[bytes, Data]]
-    ) -> Iterator[tuple[int, int, bytes, Sequence[tuple[bytes, Data]]]]:
-        head = text(1, self.table) + text(2, which.name)
-        for start, encoded in chunks(elements, which.interval):
-            body = head + struct.pack("=HH", sum(map(len, encoded)) + 4, 3 | NLA_F_NESTED) + b"".join(encoded)
-            yield kind, flags, body, elements[start : start + len(encoded)]
-
-    def _frame(self, kind: int, flags: int, body: bytes, *, subsystem: int = 10, resource: int = 0) -> bytes:
+    def _frame(
+        self, kind: int, flags: int, body: bytes, *, family: int = 0, subsystem: int = 10, resource: int = 0
+    ) -> bytes:
         self._sequence += 1
-        family = self.family.af if subsystem else 0
         nfgenmsg = struct.pack(">BBH", family, 0, resource)
         return pack(subsystem << 8 | kind, flags, self._sequence, nfgenmsg + body)
 
     def _collect(
         self,
-        sent: Sequence[tuple[Operation, Sequence[tuple[bytes, Data]]]],
+        sent: Sequence[tuple[Operation, Pairs]],
         messages: Sequence[bytes],
         first: int,
     ) -> None:
@@ -300,10 +353,9 @@ class Nft:
             while True:
                 self._open.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
 
-    def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[tuple[int, int, bytes]]:
+    def _ask(self, family: int, kind: int, flags: int, body: bytes) -> Iterator[tuple[int, int, bytes]]:
         """Send one question; yield (message type, flags, whole message) of each answer up to the end."""
-        self._open.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
-        self._open.send(self._frame(kind, flags, body))
+        self._open.send(self._frame(kind, flags, body, family=family))
         wanted = self._sequence
         multi = bool(flags & NLM_F_DUMP)
         while True:
@@ -318,7 +370,42 @@ class Nft:
         yield from split(self._open.recv(RECEIVE_BYTES))
 
 
-def chunks(elements: Sequence[tuple[bytes, Data]], interval: bool) -> Iterator[tuple[int, list[bytes]]]:
+def _encode(table: Table, operation: Operation, index: int) -> Iterator[tuple[int, int, bytes, Pairs]]:
+    """Yield (message type, flags, body, the elements in it) for the operation at `index` of a batch."""
+    create = NLM_F_CREATE | NLM_F_EXCL
+    head = text(1, table.name)
+    match operation:
+        case AddTable(comment):
+            userdata = attribute(6, tlv(0, comment.encode() + b"\0"))
+            yield NEWTABLE, create, head + userdata, ()
+        case DeleteTable():
+            yield DELTABLE, 0, head, ()
+        case AddChain(chain):
+            yield NEWCHAIN, create, chain.attributes(table.name), ()
+        case DeleteChain(name):
+            yield DELCHAIN, 0, head + text(3, name), ()
+        case AddRule(rule):
+            yield NEWRULE, NLM_F_CREATE | NLM_F_APPEND, rule.attributes(table.name), ()
+        case AddMap(which):
+            yield NEWSET, create, which.attributes(table.name, table.family, index + 1), ()
+        case AddElements(which, elements):
+            yield from _encode_elements(NEWSETELEM, create, head, which, elements)
+        case EnsureElements(which, elements):
+            yield from _encode_elements(NEWSETELEM, NLM_F_CREATE, head, which, elements)
+        case DeleteElements(which, elements):
+            yield from _encode_elements(DELSETELEM, 0, head, which, elements)
+
+
+def _encode_elements(
+    kind: int, flags: int, table: bytes, which: Map, elements: Pairs
+) -> Iterator[tuple[int, int, bytes, Pairs]]:
+    head = table + text(2, which.name)
+    for start, encoded in chunks(elements, which.interval):
+        body = head + struct.pack("=HH", sum(map(len, encoded)) + 4, 3 | NLA_F_NESTED) + b"".join(encoded)
+        yield kind, flags, body, elements[start : start + len(encoded)]
+
+
+def chunks(elements: Pairs, interval: bool) -> Iterator[tuple[int, list[bytes]]]:
     """Yield (index of the first, encoded elements) such that each list fits one message.
 
     The elements of a data map differ in nothing but key and data bytes, so their frame is made once:
@@ -335,11 +422,11 @@ def chunks(elements: Sequence[tuple[bytes, Data]], interval: bool) -> Iterator[t
         return
     encoded: list[bytes] = []
     size = start = 0
-    for number, (key, data) in enumerate(elements):
+    for position, (key, data) in enumerate(elements):
         element = encode_element(key, data, interval=interval)
         if size + len(element) > ELEMENT_BYTES:
             yield start, encoded
-            encoded, size, start = [], 0, number
+            encoded, size, start = [], 0, position
         encoded.append(element)
         size += len(element)
     if encoded:
@@ -357,7 +444,7 @@ def _extended(body: bytes, flags: int) -> tuple[str, int]:
     return words, struct.unpack("=I", offset)[0] if offset else 0
 
 
-def _element_at(message: bytes, offset: int, elements: Sequence[tuple[bytes, Data]]) -> bytes | None:
+def _element_at(message: bytes, offset: int, elements: Pairs) -> bytes | None:
     """Return the key of the element that stands at an offset of a message, if one does."""
     if not offset or not elements:
         return None

@@ -7,34 +7,43 @@ from collections.abc import Callable, Iterator
 
 from netlink.attributes import parse, parsed, text
 from netlink.errors import NetlinkError
-from netlink.family import Family
 from netlink.messages import NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, error_code
-from netlink.nftables.expressions import Verdict
-from netlink.nftables.objects import ELEMENT_INTERVAL_END, Data, Elements, Goto, Map
+from netlink.nftables.expressions import LimitOver, Verdict
+from netlink.nftables.objects import ELEMENT_INTERVAL_END, Data, Elements, Goto, Map, Table
 
-GETTABLE, GETCHAIN, GETRULE, GETSETELEM = 1, 4, 7, 13
-ENOENT = 2
+GETTABLE, GETCHAIN, GETRULE, GETSETELEM, GETGEN = 1, 4, 7, 13, 16
+ENOENT, EINTR = 2, 4
+DUMP_TRIES = 100
 BODY = 20  # netlink header and nfgenmsg
 
 Ask = Callable[[int, int, bytes], Iterator[tuple[int, int, bytes]]]
 
 
-def table_comment(ask: Ask, family: Family, table: str) -> str | None:
-    """Return the comment of a table ("" if it has none), or None when there is no such table."""
-    for kind, _, message in ask(GETTABLE, 0, text(1, table)):
+def generation(ask: Ask) -> int:
+    """Return the number of the ruleset's last change, by whomever, in this network namespace."""
+    for kind, _, message in ask(GETGEN, 0, b""):
         if kind == NLMSG_ERROR:
-            _refuse(message, f"look up table {family.keyword} {table}", missing_is_fine=True)
+            _refuse(message, "ask for the ruleset's generation", missing_is_fine=False)
+        return int(struct.unpack(">I", parsed(message, BODY)[1])[0])
+    raise NetlinkError(ENOENT, "cannot ask for the ruleset's generation")
+
+
+def table_comment(ask: Ask, table: Table) -> str | None:
+    """Return the comment of a table ("" if it has none), or None when there is no such table."""
+    for kind, _, message in ask(GETTABLE, 0, text(1, table.name)):
+        if kind == NLMSG_ERROR:
+            _refuse(message, f"look up table {table}", missing_is_fine=True)
             return None
         return _comment(parsed(message, BODY).get(6, b""))
     return None
 
 
-def rules(ask: Ask, family: Family, table: str) -> dict[str, tuple[str, ...]]:
+def rules(ask: Ask, table: Table) -> dict[str, tuple[str, ...]]:
     """Return the comments of a table's rules, in order, by chain."""
     found: dict[str, tuple[str, ...]] = {}
-    for message in _dump(ask, GETRULE, text(1, table), f"list the rules of {family.keyword} {table}"):
+    for message in _dump(ask, GETRULE, text(1, table.name), f"list the rules of {table}"):
         attributes = parsed(message, BODY)
-        if _string(attributes[1]) == table:
+        if _string(attributes[1]) == table.name:
             chain = _string(attributes[2])
             found[chain] = (*found.get(chain, ()), _comment(attributes.get(7, b"")))
     return found
@@ -49,21 +58,21 @@ def _comment(userdata: bytes) -> str:
     return _string(userdata[2 : 2 + userdata[1]]) if userdata[:1] == b"\0" else ""
 
 
-def chains(ask: Ask, family: Family, table: str) -> frozenset[str]:
+def chains(ask: Ask, table: Table) -> frozenset[str]:
     """Return the names of the chains of a table."""
     found = set()
-    for message in _dump(ask, GETCHAIN, text(1, table), f"list the chains of {family.keyword} {table}"):
+    for message in _dump(ask, GETCHAIN, text(1, table.name), f"list the chains of {table}"):
         attributes = parsed(message, BODY)
-        if _string(attributes[1]) == table:
+        if _string(attributes[1]) == table.name:
             found.add(_string(attributes[3]))
     return frozenset(found)
 
 
-def elements(ask: Ask, family: Family, table: str, which: Map) -> Elements:
+def elements(ask: Ask, table: Table, which: Map) -> Elements:
     """Return the elements of a map."""
     found: Elements = {}
-    body = text(1, table) + text(2, which.name)
-    for message in _dump(ask, GETSETELEM, body, f"list map {which.name} of {family.keyword} {table}"):
+    body = text(1, table.name) + text(2, which.name)
+    for message in _dump(ask, GETSETELEM, body, f"list map {which.name} of {table}"):
         for kind, payload in parse(message, BODY):
             if kind == 3:
                 found.update(_elements(payload, which))
@@ -97,6 +106,10 @@ def _element(element: bytes, which: Map) -> tuple[bytes, Data]:
     if which.interval:
         flags = struct.unpack(">I", attributes[3])[0] if 3 in attributes else 0
         key += bytes([flags & ELEMENT_INTERVAL_END])
+    if 7 in attributes:
+        limit = parsed(parsed(attributes[7])[2])
+        burst = struct.unpack(">I", limit[3])[0] if 3 in limit else 0
+        return key, LimitOver(struct.unpack(">Q", limit[1])[0], burst)
     if 2 not in attributes:
         return key, None
     data = parsed(attributes[2])
@@ -109,7 +122,7 @@ def _element(element: bytes, which: Map) -> tuple[bytes, Data]:
 
 def _dump(ask: Ask, kind: int, body: bytes, what: str) -> list[bytes]:
     """Return the messages of a dump; one that changed under way is asked for again."""
-    while True:
+    for _ in range(DUMP_TRIES):
         found: list[bytes] = []
         interrupted = False
         for answer, flags, message in ask(kind, NLM_F_DUMP, body):
@@ -120,6 +133,7 @@ def _dump(ask: Ask, kind: int, body: bytes, what: str) -> list[bytes]:
                 found.append(message)
         if not interrupted:
             return found
+    raise NetlinkError(EINTR, f"cannot {what}", f"it changed during each of {DUMP_TRIES} readings")
 
 
 def _refuse(message: bytes, what: str, *, missing_is_fine: bool) -> None:

@@ -28,6 +28,7 @@ class Verdict(IntEnum):
 class Base(IntEnum):
     """Where in a packet a payload offset starts."""
 
+    LINK = 0
     NETWORK = 1
     TRANSPORT = 2
 
@@ -35,7 +36,9 @@ class Base(IntEnum):
 class MetaKey(IntEnum):
     """Packet metadata."""
 
+    PROTOCOL = 1
     MARK = 3
+    IIFNAME = 6
     L4PROTO = 16
 
 
@@ -61,6 +64,7 @@ VERDICT_REGISTER = 0
 IPS_DST_NAT = 1 << 5  # linux/netfilter/nf_conntrack_common.h: the connection's destination was changed
 RTN_LOCAL = 2  # linux/rtnetlink.h: an address of this machine
 MASQUERADE_FULLY_RANDOM = 1 << 4
+LIMIT_BYTES, LIMIT_OVER = 1, 1
 REJECT_ICMP_UNREACHABLE, REJECT_TCP_RESET = 0, 1
 
 
@@ -131,6 +135,26 @@ class Ct:
     def attributes(self) -> bytes:
         """Return the encoded attributes."""
         return number(1, register(self.slot)) + number(2, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class ExtensionHeader:
+    """Load bytes of an IPv6 extension header; the rule ends here for a packet without one."""
+
+    name: ClassVar[str] = "exthdr"
+    header: int
+    offset: int
+    length: int
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return (
+            number(1, register(self.slot))
+            + attribute(2, bytes([self.header]))
+            + number(3, self.offset)
+            + number(4, self.length)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +311,24 @@ class Counter:
     def attributes(self) -> bytes:
         """Return the encoded attributes."""
         return attribute(1, struct.pack(">Q", 0)) + attribute(2, struct.pack(">Q", 0))
+
+
+@dataclass(frozen=True, slots=True)
+class LimitOver:
+    """Match what exceeds a rate, in bytes a second, and a burst in bytes.
+
+    The kernel adds a second at the rate to the burst, and counts in ns: (rate + burst) * 10^9 has 64 bits.
+    """
+
+    name: ClassVar[str] = "limit"
+    rate: int
+    burst: int
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        encoded = attribute(1, struct.pack(">Q", self.rate)) + attribute(2, struct.pack(">Q", 1))
+        encoded += number(3, self.burst) if self.burst else b""
+        return encoded + number(4, LIMIT_BYTES) + number(5, LIMIT_OVER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from netlink.nftables.batch import (
     DeleteChain,
     DeleteElements,
     DeleteTable,
+    EnsureElements,
     Operation,
 )
 from netlink.nftables.expressions import Do, Lookup, MapLookup, VerdictLookup
@@ -105,6 +106,9 @@ class FakeNft:
                 self.state.rules[rule.chain].append(rule)
             case AddElements(which, elements):
                 self._add(operation, which, elements)
+            case EnsureElements(which, elements):
+                here = self._elements_of(operation, which)
+                self._add(operation, which, [(k, d) for k, d in elements if (k, d) not in here.items()])
             case DeleteElements(which, elements):
                 here = self._elements_of(operation, which)
                 for key, _ in elements:

@@ -13,7 +13,7 @@ from enum import Enum, IntEnum
 
 from netlink.attributes import attribute, nested, number, text
 from netlink.family import Family
-from netlink.nftables.expressions import Expression, Verdict, verdict_data
+from netlink.nftables.expressions import Expression, LimitOver, Verdict, verdict_data
 
 
 class Hook(IntEnum):
@@ -26,7 +26,7 @@ class Hook(IntEnum):
     POSTROUTING = 4
 
 
-PRIORITY_DSTNAT, PRIORITY_SRCNAT = -100, 100
+PRIORITY_RAW, PRIORITY_DSTNAT, PRIORITY_SRCNAT = -300, -100, 100
 SET_INTERVAL, SET_MAP = 0x4, 0x8
 ELEMENT_INTERVAL_END = 0x1
 VERDICT_TYPE = 0xFFFFFF00
@@ -41,11 +41,57 @@ def _tlv32(kind: int, value: int) -> bytes:
     return tlv(kind, struct.pack("=I", value))
 
 
+class Bridge(Enum):
+    """The table family that sees the frames of bridges, as `Family` has the two that see packets."""
+
+    BRIDGE = 7
+
+    @property
+    def af(self) -> int:
+        """NFPROTO_BRIDGE (linux/netfilter.h)."""
+        return self.value
+
+    @property
+    def keyword(self) -> str:
+        """The nftables table family word."""
+        return "bridge"
+
+
+BRIDGE = Bridge.BRIDGE
+TableFamily = Family | Bridge
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table: its family and name."""
+
+    family: TableFamily
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.family.keyword} {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How nft and the kernel see a field: nft's number for its type, bytes that count, typeof description."""
+
+    datatype: int
+    length: int
+    typeof: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that the field takes in a concatenation: whole four-byte registers."""
+        return (self.length + 3) & ~3
+
+
 class Field(Enum):
     """A part of a concatenated key or of its data.
 
-    Addresses are the source or destination field of the table's family; the index is host order, as
-    `numgen` makes it.
+    SOURCE and DESTINATION are addresses of the table's own family; a bridge's table, which sees both, has
+    IPV4_SOURCE and IPV6_SOURCE. The index is host order, as `numgen` makes it; an interface name takes 16
+    bytes. ND_TARGET is the address that a neighbour advertisement is about.
     """
 
     SOURCE = "source"
@@ -53,49 +99,69 @@ class Field(Enum):
     L4PROTO = "l4proto"
     DPORT = "dport"
     INDEX = "index"
+    IIFNAME = "iifname"
+    ETHER_SOURCE = "ether source"
+    IPV4_SOURCE = "ipv4 source"
+    IPV6_SOURCE = "ipv6 source"
+    ND_TARGET = "nd target"
 
-    def size(self, family: Family) -> int:
-        """Bytes that the field takes in a concatenation: whole four-byte registers."""
-        return family.size if self in (Field.SOURCE, Field.DESTINATION) else 4
-
-    def length(self, family: Family) -> int:
-        """Bytes that count."""
-        short = {Field.L4PROTO: 1, Field.DPORT: 2}
-        return short.get(self, self.size(family))
-
-    def datatype(self, family: Family) -> int:
-        """Return nft's number for the field's type."""
+    def layout(self, family: TableFamily) -> Layout:
+        """Return how the field looks in a table of a family."""
         if self in (Field.SOURCE, Field.DESTINATION):
-            return 7 if family is Family.V4 else 8
-        return {Field.L4PROTO: 12, Field.DPORT: 13, Field.INDEX: 4}[self]
-
-    def typeof(self, family: Family) -> bytes:
-        """Describe the expression that the field stands for: (expression number, its own data)."""
-        payload, meta, numgen = 7, 9, 23
-        if self in (Field.SOURCE, Field.DESTINATION):
-            header = 12 if family is Family.V4 else 13
-            first = 11 if family is Family.V4 else 7
-            place = first if self is Field.SOURCE else first + 1
-            return _tlv32(0, payload) + tlv(1, _tlv32(0, header) + _tlv32(1, place))
-        if self is Field.DPORT:
-            return _tlv32(0, payload) + tlv(1, _tlv32(0, 11) + _tlv32(1, 2))
-        if self is Field.L4PROTO:
-            return _tlv32(0, meta) + tlv(1, _tlv32(0, 16))
-        return _tlv32(0, numgen) + tlv(1, _tlv32(0, 1) + _tlv32(1, 2) + _tlv32(2, 0))
+            assert isinstance(family, Family)
+            return _ADDRESSES[self, family]
+        return _LAYOUTS[self]
 
 
-def _typeof(fields: tuple[Field, ...], family: Family) -> bytes:
+_PAYLOAD, _META, _CONCATENATION, _NUMGEN = 7, 9, 13, 23  # expressions
+_TH, _IP, _IP6, _ETHER = 11, 12, 13, 17  # protocols
+_TRANSPORT = 3  # where a raw payload's offset starts
+
+
+def _field(protocol: int, place: int) -> bytes:
+    """Describe a header field, by its place in nft's list of the protocol's fields."""
+    return _tlv32(0, _PAYLOAD) + tlv(1, _tlv32(0, protocol) + _tlv32(1, place))
+
+
+def _raw(base: int, offset: int, length: int) -> bytes:
+    """Describe bytes of a packet that nft has no name for; offset and length in bits."""
+    values = (0, 0, base, offset, length)
+    return _tlv32(0, _PAYLOAD) + tlv(1, b"".join(_tlv32(i, v) for i, v in enumerate(values)))
+
+
+def _meta(key: int) -> bytes:
+    return _tlv32(0, _META) + tlv(1, _tlv32(0, key))
+
+
+_ADDRESSES = {
+    (Field.SOURCE, Family.V4): Layout(7, 4, _field(_IP, 11)),
+    (Field.DESTINATION, Family.V4): Layout(7, 4, _field(_IP, 12)),
+    (Field.SOURCE, Family.V6): Layout(8, 16, _field(_IP6, 8)),
+    (Field.DESTINATION, Family.V6): Layout(8, 16, _field(_IP6, 9)),
+}
+_LAYOUTS = {
+    Field.L4PROTO: Layout(12, 1, _meta(16)),
+    Field.DPORT: Layout(13, 2, _field(_TH, 2)),
+    Field.INDEX: Layout(4, 4, _tlv32(0, _NUMGEN) + tlv(1, _tlv32(0, 1) + _tlv32(1, 2) + _tlv32(2, 0))),
+    Field.IIFNAME: Layout(41, 16, _meta(6)),
+    Field.ETHER_SOURCE: Layout(9, 6, _field(_ETHER, 2)),
+    Field.IPV4_SOURCE: _ADDRESSES[Field.SOURCE, Family.V4],
+    Field.IPV6_SOURCE: _ADDRESSES[Field.SOURCE, Family.V6],
+    Field.ND_TARGET: Layout(4, 16, _raw(_TRANSPORT, 64, 128)),
+}
+
+
+def _typeof(fields: tuple[Field, ...], family: TableFamily) -> bytes:
     if len(fields) == 1:
-        return fields[0].typeof(family)
-    concatenation = 13
-    parts = b"".join(tlv(i, field.typeof(family)) for i, field in enumerate(fields))
-    return _tlv32(0, concatenation) + tlv(1, parts)
+        return fields[0].layout(family).typeof
+    parts = b"".join(tlv(i, field.layout(family).typeof) for i, field in enumerate(fields))
+    return _tlv32(0, _CONCATENATION) + tlv(1, parts)
 
 
-def _datatype(fields: tuple[Field, ...], family: Family) -> int:
+def _datatype(fields: tuple[Field, ...], family: TableFamily) -> int:
     number_ = 0
     for field in fields:
-        number_ = number_ << 6 | field.datatype(family)
+        number_ = number_ << 6 | field.layout(family).datatype
     return number_
 
 
@@ -124,6 +190,10 @@ class Chain:
         return encoded
 
 
+def _expression(kind: int, expression: Expression) -> bytes:
+    return nested(kind, text(1, expression.name), nested(2, expression.attributes()))
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """A rule at the end of a chain; the comment says what it is for and is shown by `nft list`."""
@@ -134,7 +204,7 @@ class Rule:
 
     def attributes(self, table: str) -> bytes:
         """Encode for NFT_MSG_NEWRULE."""
-        encoded = b"".join(nested(1, text(1, e.name), nested(2, e.attributes())) for e in self.expressions)
+        encoded = b"".join(_expression(1, e) for e in self.expressions)
         comment = attribute(7, tlv(0, self.comment.encode() + b"\0"))
         return text(1, table) + text(2, self.chain) + nested(4, encoded) + comment
 
@@ -143,7 +213,8 @@ class Rule:
 class Map:
     """A named set (no data), data map, or verdict map; compared by identity, so that it is a cheap key.
 
-    `interval` sets hold ranges: pairs of elements, the second marked as the end (exclusive).
+    `interval` sets hold ranges: pairs of elements, the second marked as the end (exclusive). In a set with
+    `limits`, each element has its own limit, and is found for packets that exceed it.
     """
 
     name: str
@@ -151,19 +222,19 @@ class Map:
     data: tuple[Field, ...] = ()
     verdicts: bool = False
     interval: bool = False
+    limits: bool = False
     comment: str = ""
 
-    def key_size(self, family: Family) -> int:
+    def key_size(self, family: TableFamily) -> int:
         """Bytes in a key."""
-        return sum(f.size(family) for f in self.key)
+        return sum(f.layout(family).size for f in self.key)
 
-    def attributes(self, table: str, family: Family, identifier: int) -> bytes:
+    def attributes(self, table: str, family: TableFamily, identifier: int) -> bytes:
         """Encode for NFT_MSG_NEWSET; `identifier` is unique in the batch."""
         flags = (SET_INTERVAL if self.interval else 0) | (SET_MAP if self.data or self.verdicts else 0)
         encoded = text(1, table) + text(2, self.name) + number(3, flags)
         encoded += number(4, _datatype(self.key, family)) + number(5, self._key_length(family))
-        # Byte order matters for single fields only: big endian (2) for addresses.
-        userdata = _tlv32(0, 2 if len(self.key) == 1 else 0)
+        userdata = _tlv32(0, self._byte_order())
         userdata += tlv(3, _typeof(self.key, family))
         if self.data or self.verdicts:
             userdata += _tlv32(1, 0)
@@ -171,16 +242,23 @@ class Map:
             encoded += number(6, VERDICT_TYPE) + number(7, 0)
             userdata += tlv(4, _tlv32(0, 1) + tlv(1, b""))
         elif self.data:
-            encoded += number(6, _datatype(self.data, family)) + number(
-                7, sum(f.size(family) for f in self.data)
-            )
+            length = sum(f.layout(family).size for f in self.data)
+            encoded += number(6, _datatype(self.data, family)) + number(7, length)
             userdata += tlv(4, _typeof(self.data, family))
         if self.comment:
             userdata += tlv(7, self.comment.encode() + b"\0")
+        if self.limits:
+            encoded += _expression(17, ANY_LIMIT)
         return encoded + number(10, identifier) + attribute(13, userdata)
 
-    def _key_length(self, family: Family) -> int:
-        return self.key[0].length(family) if len(self.key) == 1 else self.key_size(family)
+    def _byte_order(self) -> int:
+        """Return nft's number for it, which matters for single fields only: names are in the host's."""
+        if len(self.key) > 1:
+            return 0
+        return 1 if self.key[0] is Field.IIFNAME else 2
+
+    def _key_length(self, family: TableFamily) -> int:
+        return self.key[0].layout(family).length if len(self.key) == 1 else self.key_size(family)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +274,11 @@ class Goto:
         return nested(2, verdict_data(Verdict.GOTO, self.chain))
 
 
-Data = bytes | Goto | None
-"""What a key maps to: register bytes, a verdict, or nothing (a set)."""
+ANY_LIMIT = LimitOver(10_000 << 20, 0)
+"""What a set with limits says of them; its elements say their own."""
+
+Data = bytes | Goto | LimitOver | None
+"""What a key maps to: register bytes, a verdict, a limit (a set with limits), or nothing (a set)."""
 
 Elements = dict[bytes, Data]
 """Elements by key. In an interval set the key has one more byte: 0 for a start, 1 for an end."""
@@ -213,6 +294,8 @@ def encode_element(key: bytes, data: Data, *, interval: bool = False) -> bytes:
     encoded = nested(1, attribute(1, key))
     if isinstance(data, Goto):
         encoded += data.encode()
+    elif isinstance(data, LimitOver):
+        encoded += _expression(7, data)
     elif data is not None:
         encoded += nested(2, attribute(1, data))
     return nested(1, encoded, flags)

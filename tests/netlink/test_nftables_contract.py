@@ -22,20 +22,23 @@ from netlink.nftables.batch import (
     DeleteChain,
     DeleteElements,
     DeleteTable,
+    EnsureElements,
     Nft,
     Nftables,
 )
-from netlink.nftables.expressions import Do, Meta, MetaKey, Verdict, VerdictLookup
+from netlink.nftables.expressions import Do, LimitOver, Meta, MetaKey, Verdict, VerdictLookup
 from netlink.nftables.fake import FakeNft
 from netlink.nftables.objects import Chain, Field, Goto, Map, Rule
 
 PORTS = Map("ports", (Field.L4PROTO, Field.DPORT), verdicts=True)
 TARGETS = Map("targets", (Field.L4PROTO, Field.DPORT, Field.INDEX), data=(Field.DESTINATION, Field.DPORT))
 RANGES = Map("ranges", (Field.SOURCE,), interval=True)
+LIMITS = Map("limits", (Field.IIFNAME,), limits=True)
 SKELETON = (AddTable("a comment"), AddMap(PORTS), AddMap(TARGETS), AddMap(RANGES), AddChain(Chain("one")))
 
 HTTP, DNS = bytes((6, 0, 0, 0, 0, 80, 0, 0)), bytes((17, 0, 0, 0, 0, 53, 0, 0))
 FIRST, SECOND = HTTP + bytes(4), HTTP + bytes((1, 0, 0, 0))
+ETH0, ETH1 = (name.ljust(16, b"\0") for name in (b"eth0", b"eth1"))
 POD = bytes((10, 0, 0, 1, 31, 144, 0, 0))
 
 Use = Callable[[Callable[[Nftables], None]], None]
@@ -107,12 +110,38 @@ def test_a_refused_batch_changes_nothing_and_names_the_element(use: Use) -> None
     use(check)
 
 
+def test_each_element_of_a_set_has_its_own_limit(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        one, other = LimitOver(125_000, 65_536), LimitOver(14_000_000_000, 0)
+        nft.commit([*SKELETON, AddMap(LIMITS), AddElements(LIMITS, [(ETH0, one), (ETH1, other)])])
+        assert nft.elements(LIMITS) == {ETH0: one, ETH1: other}
+        nft.commit([EnsureElements(LIMITS, [(ETH0, one)])])
+        nft.commit([DeleteElements(LIMITS, [(ETH0, one)]), AddElements(LIMITS, [(ETH0, other)])])
+        assert nft.elements(LIMITS) == {ETH0: other, ETH1: other}
+
+    use(check)
+
+
 def test_a_key_is_added_once(use: Use) -> None:
     def check(nft: Nftables) -> None:
         nft.commit([*SKELETON, AddElements(TARGETS, [(FIRST, POD)])])
         with pytest.raises(BatchError) as caught:
             nft.commit([AddElements(TARGETS, [(SECOND, POD), (FIRST, POD)])])
         assert (caught.value.errno, caught.value.element) == (errno.EEXIST, FIRST)
+
+    use(check)
+
+
+def test_a_key_is_ensured_any_number_of_times_but_with_one_value(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        other = bytes((10, 0, 0, 2, 31, 144, 0, 0))
+        nft.commit([*SKELETON, EnsureElements(TARGETS, [(FIRST, POD)])])
+        nft.commit([EnsureElements(TARGETS, [(FIRST, POD), (SECOND, POD)])])
+        assert nft.elements(TARGETS) == {FIRST: POD, SECOND: POD}
+        with pytest.raises(BatchError) as caught:
+            nft.commit([EnsureElements(TARGETS, [(SECOND, POD), (FIRST, other)])])
+        assert (caught.value.errno, caught.value.element) == (errno.EEXIST, FIRST)
+        assert nft.elements(TARGETS) == {FIRST: POD, SECOND: POD}
 
     use(check)
 
