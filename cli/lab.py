@@ -16,7 +16,7 @@ from typing import Any
 from lab import controller, demo, network, runtime, state
 from lab.runtime import Pod, PodSpec
 from lab.state import Lab
-from lab.topology import LabError, Mode, Node, Topology, plan
+from lab.topology import IpFamily, LabError, Mode, Node, Topology, plan, titles
 from netlink import netns
 
 DEFAULT_NAME = "default"
@@ -40,7 +40,8 @@ UP_EXAMPLES = """\
 examples:
   podwire lab up
   podwire lab up --name flat --nodes 4 --far 0     all nodes on one segment
-  podwire lab up --mode bridge"""
+  podwire lab up --mode bridge
+  podwire lab up --name six --ip-family ipv6       no IPv4 address on any interface but lo"""
 EXEC_EXAMPLES = """\
 examples:
   podwire lab exec node1 -- nft list table ip podwire
@@ -180,6 +181,12 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     modes = [mode.value for mode in Mode]
     parser.add_argument("--mode", choices=modes, default="routed", help="pod wiring (default: %(default)s)")
+    parser.add_argument(
+        "--ip-family",
+        choices=[ip_family.value for ip_family in IpFamily],
+        default="dual",
+        help="the addresses of nodes, pods and services (default: %(default)s)",
+    )
 
 
 def _label(text: str) -> tuple[str, str]:
@@ -200,7 +207,7 @@ def _output_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Topology:
-    return plan(args.name, args.nodes, args.far, Mode(args.mode))
+    return plan(args.name, args.nodes, args.far, Mode(args.mode), IpFamily(args.ip_family))
 
 
 def _up(args: argparse.Namespace) -> int:
@@ -226,10 +233,11 @@ def _status(args: argparse.Namespace) -> int:
     nodes = [_node_status(lab, node) for node in lab.plan.nodes]
     pods = [_pod_status(pod) for pod in runtime.pods(lab)]
     if args.output == "json":
-        fields = {"name": lab.plan.name, "mode": lab.plan.mode.value, "nodes": nodes, "pods": pods}
-        print(json.dumps(fields, indent=2))
+        about = {"name": lab.plan.name, "mode": lab.plan.mode.value, "ipFamily": lab.plan.ip_family.value}
+        print(json.dumps(about | {"nodes": nodes, "pods": pods}, indent=2))
     else:
-        print(f"lab {lab.plan.name}, {lab.plan.mode.value} pods, state in {lab.root}\n")
+        what = f"{lab.plan.mode.value} pods, {titles(lab.plan.families)}"
+        print(f"lab {lab.plan.name}, {what}, state in {lab.root}\n")
         print(_table(nodes))
         print(f"\n{_table(pods)}" if pods else "\nno pods")
     return 0 if all(node["daemon"] != "down" for node in nodes) else 1
@@ -250,15 +258,15 @@ def _exec(args: argparse.Namespace) -> int:
 
 
 def _apply(args: argparse.Namespace) -> int:
-    for pod in controller.apply(state.load(args.name), args.file):
-        print(f"pod {pod.spec.name} on {pod.spec.node} has {pod.address}")
+    for applied in controller.apply(state.load(args.name), args.file):
+        print(f"{_about(applied.pod)}: {applied.what}")
     return 0
 
 
 def _pod_run(args: argparse.Namespace) -> int:
     spec = PodSpec(args.pod, args.node, args.namespace, dict(args.label), tuple(args.serve))
     (pod,) = controller.run(state.load(args.name), [spec])
-    print(f"pod {pod.spec.name} on {pod.spec.node} has {pod.address}")
+    print(_about(pod))
     return 0
 
 
@@ -288,19 +296,23 @@ def _node_status(lab: Lab, node: Node) -> dict[str, str]:
     daemon = network.daemon(lab, node.name)
     return {
         "node": node.name,
-        "address": node.address,
-        "podCIDR": node.pod_cidr,
+        "addresses": ",".join(node.addresses),
+        "podCIDRs": ",".join(node.pod_cidrs),
         "segment": node.segment,
         "daemon": f"pid {daemon.pid}" if daemon else "down",
         "namespace": node.namespace,
     }
 
 
+def _about(pod: Pod) -> str:
+    return f"pod {pod.spec.name} on {pod.spec.node} has {', '.join(pod.addresses) or 'no address'}"
+
+
 def _pod_status(pod: Pod) -> dict[str, str]:
     return {
         "pod": pod.spec.name,
         "node": pod.spec.node,
-        "address": pod.address,
+        "addresses": ",".join(pod.addresses) or "-",
         "labels": ",".join(f"{key}={value}" for key, value in pod.spec.labels.items()) or "-",
         "namespace": pod.netns,
     }

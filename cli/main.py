@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import version
 
-from cli import inspect, lab, node
+from cli import daemon, inspect, install, ipam, lab
 from cli.output import CommandError, complain
 
 DESCRIPTION = "Node networking for Kubernetes: CNI plugin, IPAM, routes and service proxy in one package."
@@ -18,8 +18,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="podwire", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=f"podwire {version('podwire')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    node.add_parsers(commands)
+    daemon.add_parser(commands)
+    install.add_parser(commands)
     inspect.add_parsers(commands)
+    ipam.add_parser(commands)
     lab.add_parser(commands)
     return top
 

@@ -1,20 +1,50 @@
-"""Write what the container runtime looks for, plugin binary and conflist, each at once or not at all."""
+"""Put on a node what its container runtime looks for: the plugin binary and, once it works, the conflist.
+
+Each file is written at once or not at all. For an init container (`host_root`), whose packages the node does
+not have, those that the plugin imports are copied beside it, into a directory of their own for every version:
+a binary and the modules that it names are always of the same one.
+"""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 BINARY = "podwire"
 CONFLIST = "10-podwire.conflist"
-CNI_VERSION = "1.0.0"  # every runtime in use knows it, and speaks 1.1.0's commands to us if it has them
+CNI_VERSION = "1.0.0"
+CNI_VERSIONS = ("1.0.0", "1.1.0")
+"""Why both keys: libcni 1.0 and 1.1 (containerd 1.6 and 1.7, podman 4) know `cniVersion` only. They pass it
+on whatever it is, and cannot read an answer in 1.1.0: every ADD would fail. libcni 1.2 and later (containerd
+2) take the highest version of both keys that they know, and call STATUS and GC from 1.1.0 on only."""
+
+CAPABILITIES = ("portMappings", "bandwidth", "ips", "mac", "ipRanges", "io.kubernetes.cri.pod-annotations")
+"""What a runtime may put into runtimeConfig, which is what `cni.options` reads."""
+
 COMPILED = ("cni", "ipam", "netlink")  # what the binary may import of podwire
+PACKAGES = (*COMPILED, "msgspec", "netaddr", "pyroute2")  # and all that it may import
+LIB_DIR = Path("/opt/podwire/lib")
+LIB_PREFIX = "plugin-"  # of our directories there; an environment in /opt/podwire has a lib, too
+LIB_NAME = re.compile(rf"{LIB_PREFIX}[0-9a-f]{{16}}|\.{LIB_PREFIX}[0-9a-f]{{16}}\..*")
+PATH_LINE = "sys.path[:0] = "
+LINKS = 255  # how many names a path may have, links included
+
+STATUS_INPUT = json.dumps({"cniVersion": CNI_VERSIONS[-1], "name": "podwire", "type": BINARY}).encode()
+POLL_SECONDS = 0.5
+STATUS_SECONDS = 10.0
+"""How long one STATUS may take at least, however little of the time to wait is left."""
 
 # -I and -S keep out the environment, the user's and the site's modules: start-up time, and safety as root.
 SCRIPT = """\
@@ -47,15 +77,16 @@ def render_binary(*, python: str, path: Sequence[str], socket: str, state_dir: s
     )
 
 
-def render_conflist(name: str = "podwire", cni_version: str = CNI_VERSION) -> str:
+def render_conflist(name: str = "podwire") -> str:
     """Return the network configuration list: this plugin alone."""
-    document = {"cniVersion": cni_version, "name": name, "plugins": [{"type": BINARY}]}
+    plugin = {"type": BINARY, "capabilities": dict.fromkeys(CAPABILITIES, True)}
+    document = {"cniVersion": CNI_VERSION, "cniVersions": CNI_VERSIONS, "name": name, "plugins": [plugin]}
     return json.dumps(document, indent=2) + "\n"
 
 
 def python_path() -> list[str]:
     """Return the directories of podwire's packages and of those it depends on; often they are the same."""
-    return list(dict.fromkeys(_home(package) for package in ("cni", "msgspec", "netaddr", "pyroute2")))
+    return list(dict.fromkeys(_home(package) for package in PACKAGES))
 
 
 def base_python() -> str:
@@ -79,7 +110,57 @@ def install_binary(
     # Modules on a read-only disk stay as they are: the binary works, a little later.
     if packages:  # without a name, compileall takes everything it finds
         subprocess.run([python, "-I", "-m", "compileall", "-q", *packages], capture_output=True, check=False)
+    return write_binary(directory, text)
+
+
+def write_binary(directory: Path, text: str) -> Path:
+    """Write the plugin binary."""
     return _write(directory / BINARY, text, 0o755)
+
+
+def install_below(root: Path, bin_dir: Path, *, python: str, socket: str, state_dir: str) -> Path:
+    """Write the plugin binary for the node whose file system is at `root`, and copy what it imports.
+
+    All paths are the node's. The copy that the binary before this one named stays: it may be running.
+    """
+    check_interpreter(root, python)
+    directory, libs = below(root, bin_dir), below(root, LIB_DIR)
+    before = libs_of(directory / BINARY, root)
+    lib = install_lib(libs, LIB_DIR)
+    path = [str(LIB_DIR / lib.name)]
+    binary = write_binary(
+        directory, render_binary(python=python, path=path, socket=socket, state_dir=state_dir)
+    )
+    for other in libs_in(libs):
+        if other != lib and other not in before:
+            shutil.rmtree(other)
+    return binary
+
+
+def install_lib(directory: Path, name: Path) -> Path:
+    """Copy what the plugin imports into a directory below `directory`, and return the one for this version.
+
+    `name` is what `directory` is to the node; compiled modules carry it. What is there already stays.
+    """
+    sources = [Path(_home(package), package) for package in PACKAGES]
+    target = directory / f"{LIB_PREFIX}{_digest(sources)}"
+    if target.is_dir():  # it is whole: it was renamed when it was
+        return target
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=directory))
+    try:
+        for source in sources:
+            shutil.copytree(source, staging / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        staging.chmod(0o755)
+        where = ["-s", str(staging), "-p", str(name / target.name)]
+        command = [base_python(), "-I", "-m", "compileall", "-q", *where, str(staging)]
+        subprocess.run(command, capture_output=True, check=False)
+        os.sync()  # a name must not outlive a power cut that its contents do not
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
 
 
 def install_conflist(directory: Path) -> Path:
@@ -87,12 +168,146 @@ def install_conflist(directory: Path) -> Path:
     return _write(directory / CONFLIST, render_conflist(), 0o644)
 
 
-def remove(bin_dir: Path, conf_dir: Path) -> tuple[Path, ...]:
-    """Remove conflist and binary, in this order, and return those that were there."""
-    found = tuple(file for file in (conf_dir / CONFLIST, bin_dir / BINARY) if file.exists())
-    for file in found:
-        file.unlink(missing_ok=True)
-    return found
+def status(binary: Path, root: Path = Path("/"), timeout: float = STATUS_SECONDS) -> str:
+    """Run the installed plugin's STATUS as seen from `root`; return what is wrong, or nothing."""
+    environment = {"CNI_COMMAND": "STATUS", "CNI_PATH": str(binary.parent)}
+    try:
+        done = _run_in(root, [str(binary)], environment, STATUS_INPUT, timeout)
+    except subprocess.TimeoutExpired:
+        return f"STATUS has not answered within {timeout:.0f} s"
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{binary} cannot be run: {error}"
+    if done.returncode == 0:
+        return ""
+    try:
+        return str(json.loads(done.stdout)["msg"])
+    except (ValueError, TypeError, KeyError):
+        said = " ".join((done.stderr or done.stdout).decode(errors="replace").split())
+        return f"{binary} ended with status {done.returncode}: {said or 'it said nothing'}"
+
+
+def wait_until_good(ask: Callable[[float], str], seconds: float, tell: Callable[[str], None]) -> str:
+    """Ask STATUS until it is good, or the time is up; return what is wrong then, or nothing.
+
+    `ask` is told how long it may take. `tell` hears what is wrong, each sentence once.
+    """
+    deadline = time.monotonic() + seconds
+    said = ""
+    while wrong := ask(max(deadline - time.monotonic(), STATUS_SECONDS)):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        if wrong != said:
+            tell(wrong)
+            said = wrong
+        time.sleep(min(POLL_SECONDS, left))
+    return wrong
+
+
+def check_interpreter(root: Path, python: str) -> None:
+    """Refuse an interpreter that is not there or cannot load our compiled modules. Raises InstallError."""
+    where = python if root == Path("/") else f"{python} of {root}"
+    command = [python, "-IS", "-c", "import sys; print(sys.implementation.cache_tag)"]
+    try:
+        done = _run_in(root, command, {}, b"", STATUS_SECONDS)
+    except OSError as error:
+        raise InstallError(f"the interpreter {where} cannot be run: {error.strerror}") from None
+    except subprocess.SubprocessError as error:
+        raise InstallError(f"the interpreter {where} cannot be run: {error}") from None
+    found, ours = done.stdout.decode(errors="replace").strip(), sys.implementation.cache_tag
+    if found != ours:
+        raise InstallError(f"the interpreter {where} is {found or 'broken'}, but podwire needs {ours}")
+
+
+def below(root: Path, path: Path) -> Path:
+    """Return where a node's path is below `root`, following symbolic links as the node would."""
+    if not path.is_absolute():
+        raise InstallError(f"{path} is not an absolute path, as it must be with --host-root")
+    found, left = root, list(path.parts[1:])
+    for _ in range(LINKS):
+        if not left:
+            return found
+        part = left.pop(0)
+        if part == "..":
+            found = found.parent if found != root else root
+        elif (found / part).is_symlink():
+            link = (found / part).readlink()
+            left = [*link.parts, *left]
+            if link.is_absolute():
+                found, left = root, left[1:]
+        else:
+            found = found / part
+    raise InstallError(f"{path} below {root} is a link to itself")
+
+
+def remove(bin_dir: Path, conf_dir: Path, libs: Iterable[Path] | None = None) -> tuple[Path, ...]:
+    """Remove conflist, binary and the modules copied for it, in this order; return those that were there.
+
+    Without `libs` (`libs_in`), the modules are those that the binary names.
+    """
+    binary = bin_dir / BINARY
+    libs = libs_of(binary) if libs is None else tuple(libs)
+    removed = []
+    for file in (conf_dir / CONFLIST, binary):
+        if file.exists() or file.is_symlink():
+            file.unlink(missing_ok=True)
+            removed.append(file)
+    for lib in libs:
+        shutil.rmtree(lib)
+        removed.append(lib)
+        with contextlib.suppress(OSError):  # others live there, too
+            lib.parent.rmdir()
+    return tuple(removed)
+
+
+def libs_in(directory: Path) -> tuple[Path, ...]:
+    """Return the directories of copied modules below a directory, also those that were never finished."""
+    found = (path for path in directory.glob("*") if LIB_NAME.fullmatch(path.name))
+    return tuple(sorted(path for path in found if path.is_dir() and not path.is_symlink()))
+
+
+def libs_of(binary: Path, root: Path = Path("/")) -> tuple[Path, ...]:
+    """Return the directories of copied modules that a binary names; nothing for what is no binary of ours.
+
+    Strict, because they are removed: a checkout that somebody works in may be named there, too.
+    """
+    with contextlib.suppress(OSError, ValueError, SyntaxError, TypeError):
+        for line in binary.read_text().splitlines():
+            if line.startswith(PATH_LINE):
+                named = {Path(path) for path in ast.literal_eval(line.removeprefix(PATH_LINE))}
+                return tuple(lib for lib in libs_in(below(root, LIB_DIR)) if LIB_DIR / lib.name in named)
+    return ()
+
+
+def _run_in(
+    root: Path, command: Sequence[str], environment: dict[str, str], stdin: bytes, timeout: float
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program that sees `root` as its file system."""
+
+    def enter() -> None:
+        os.chroot(root)
+        os.chdir("/")
+
+    return subprocess.run(
+        command,
+        input=stdin,
+        env=environment,
+        capture_output=True,
+        check=False,
+        timeout=timeout,
+        preexec_fn=None if root == Path("/") else enter,
+    )
+
+
+def _digest(sources: Iterable[Path]) -> str:
+    """Return what tells one version of the packages from another."""
+    digest = hashlib.sha256(str(sys.implementation.cache_tag).encode())
+    for source in sources:
+        for file in sorted(source.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(source.parent)}\0{file.stat().st_size}\0".encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _home(package: str) -> str:

@@ -1,8 +1,8 @@
-"""One pod interface: a pure plan of what is to exist, its apply, and the check that it does.
+"""One pod interface: a pure plan of what is to exist, and its apply.
 
 Routed mode: a veth pair, a host address on the pod's end, a gateway address that no interface carries,
 and one host route per pod. Both ends know each other's MAC for good, so there is no ARP, no bridge and no
-br_netfilter, and nothing to go stale when an address is used again.
+br_netfilter, and nothing to go stale when an address is used again. Flat mode is the same.
 Bridge mode: the host's end is a port of `podwire0`, which carries the pod range's gateway.
 """
 
@@ -12,15 +12,18 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from netaddr import IPAddress, IPNetwork
 
+from cni import bandwidth
+from cni.options import Bandwidth
+from cni.settings import Mode, NodeSettings
 from ipam.ranges import gateway
 from netlink import netns
+from netlink.announce import announce
 from netlink.errors import NetlinkError
 from netlink.family import Family
 from netlink.requests import (
@@ -34,13 +37,18 @@ from netlink.requests import (
     link_set,
     link_up,
     neighbour_replace,
+    route_add,
     route_replace,
     veth_add,
 )
 from netlink.rtnl import Rtnl
 
 BRIDGE = "podwire0"
-BRIDGE_FILTER = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
+HOST_PREFIX = "pwpod"
+"""What the name of every pod's host end begins with, and no other interface's: rules match it."""
+BRIDGE_FILTERS = tuple(
+    Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}") for name in ("iptables", "ip6tables")
+)
 
 
 class WiringError(Exception):
@@ -59,38 +67,6 @@ class NotReady(WiringError):
     """The node lacks something that the daemon makes."""
 
 
-class Mode(StrEnum):
-    """How pods are connected to their node."""
-
-    ROUTED = "routed"
-    BRIDGE = "bridge"
-
-
-@dataclass(frozen=True, slots=True)
-class NodeSettings:
-    """What a node's pods have in common; kept in the ledger so that it is known while the daemon is down."""
-
-    mode: Mode
-    mtu: int
-    pod_cidrs: tuple[IPNetwork, ...]
-
-    def to_mapping(self) -> dict[str, str]:
-        """Return the settings as the ledger keeps them."""
-        return {
-            "mode": self.mode.value,
-            "mtu": str(self.mtu),
-            "pod_cidrs": " ".join(map(str, self.pod_cidrs)),
-        }
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, str]) -> NodeSettings | None:
-        """Return the settings that the ledger holds; None when the daemon has never saved any."""
-        if not values.get("pod_cidrs"):
-            return None
-        cidrs = tuple(IPNetwork(c) for c in values["pod_cidrs"].split())
-        return cls(Mode(values["mode"]), int(values["mtu"]), cidrs)
-
-
 @dataclass(frozen=True, slots=True)
 class PodAddress:
     """An address of a pod: as on its interface (CIDR), its family, and the gateway it uses."""
@@ -100,10 +76,18 @@ class PodAddress:
     family: Family
     gateway: str
 
+    @property
+    def default(self) -> str:
+        """Everywhere, as a destination of this family."""
+        return "0.0.0.0/0" if self.family is Family.V4 else "::/0"
+
 
 @dataclass(frozen=True, slots=True)
 class PodLink:
-    """Everything that one pod interface consists of."""
+    """Everything that one pod interface consists of.
+
+    `from_loopback` says that the node's own 127.0.0.1 leads to it, by a host port.
+    """
 
     mode: Mode
     ifname: str
@@ -112,11 +96,13 @@ class PodLink:
     pod_mac: str
     mtu: int
     addresses: tuple[PodAddress, ...]
+    bandwidth: Bandwidth | None = None
+    from_loopback: bool = False
 
 
 def host_ifname(container_id: str, ifname: str) -> str:
-    """Return the name of the host's end: the same for the same pod interface, always (14 characters)."""
-    return "pw" + hashlib.sha1(f"{container_id}/{ifname}".encode()).hexdigest()[:12]
+    """Return the name of the host's end: the same for the same pod interface, always (15 characters)."""
+    return HOST_PREFIX + hashlib.sha1(f"{container_id}/{ifname}".encode()).hexdigest()[:10]
 
 
 def mac_of(text: str) -> str:
@@ -125,11 +111,17 @@ def mac_of(text: str) -> str:
     return ":".join(f"{b:02x}" for b in (0x02, *digest[:5]))
 
 
-def plan(container_id: str, ifname: str, addresses: tuple[IPAddress, ...], settings: NodeSettings) -> PodLink:
-    """Return what a pod interface is to look like.
+def plan(
+    container_id: str,
+    ifname: str,
+    addresses: tuple[IPAddress, ...],
+    settings: NodeSettings,
+    mac: str = "",
+) -> PodLink:
+    """Return what a pod interface is to look like; without a MAC asked for, it comes from the address.
 
-    The pod's MAC comes from its address, so a neighbour entry that outlives a pod is right for the next
-    pod with that address too.
+    So a neighbour entry that outlives a pod is right for the next pod with that address too.
+    Raises WiringError for an address that the node's bridge has no range for.
     """
     name = host_ifname(container_id, ifname)
     return PodLink(
@@ -137,7 +129,7 @@ def plan(container_id: str, ifname: str, addresses: tuple[IPAddress, ...], setti
         ifname=ifname,
         host_ifname=name,
         host_mac=mac_of(name),
-        pod_mac=mac_of(str(addresses[0])),
+        pod_mac=mac or mac_of(str(addresses[0])),
         mtu=settings.mtu,
         addresses=tuple(_pod_address(a, settings) for a in addresses),
     )
@@ -145,26 +137,33 @@ def plan(container_id: str, ifname: str, addresses: tuple[IPAddress, ...], setti
 
 def _pod_address(address: IPAddress, settings: NodeSettings) -> PodAddress:
     family = Family(address.version)
-    if settings.mode is Mode.ROUTED:
+    if settings.mode is not Mode.BRIDGE:
         return PodAddress(f"{address}/{family.bits}", str(address), family, family.gateway)
-    network = next(c for c in settings.pod_cidrs if address in c)
+    network = next((c for c in settings.pod_cidrs if address in c), None)
+    if network is None:
+        raise WiringError(f"the address {address} is in none of the node's podCIDRs, which mode bridge needs")
     return PodAddress(f"{address}/{network.prefixlen}", str(address), family, str(gateway(network)))
 
 
-def attach(link: PodLink, netns_path: str, step: Callable[[str], None] = lambda _: None) -> None:
+def attach(
+    link: PodLink, netns_path: str, step: Callable[[str], None] = lambda _: None
+) -> tuple[PodAddress, ...]:
     """Make a pod interface. On failure nothing of it is left. `step` is called after each step.
 
-    Raises NoNamespace, InterfaceExists, or NetlinkError for anything else that the kernel refuses.
+    Return the addresses by whose gateway the pod's default routes now go: a pod's second interface
+    leaves the default route to the first. Raises NoNamespace, InterfaceExists, or NetlinkError for anything
+    else that the kernel refuses.
     """
-    with _namespace(netns_path) as pod, contextlib.ExitStack() as undo:
+    with namespace(netns_path) as pod, contextlib.ExitStack() as undo:
         _make_veth(link, pod)
         undo.callback(remove, link.host_ifname)
         step("link made")
         _configure_host(link)
         step("host configured")
-        netns.run(pod, _configure_pod, link)
+        routed = netns.run(pod, _configure_pod, link)
         step("pod configured")
         undo.pop_all()
+    return routed
 
 
 def remove(name: str) -> None:
@@ -178,7 +177,8 @@ def remove(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _namespace(path: str) -> Iterator[int]:
+def namespace(path: str) -> Iterator[int]:
+    """Open a pod's network namespace for the length of a block. Raises NoNamespace."""
     with contextlib.ExitStack() as stack:
         try:
             fd = stack.enter_context(netns.opened(path))
@@ -206,47 +206,72 @@ def _make_veth(link: PodLink, pod: int) -> None:
 def _configure_host(link: PodLink) -> None:
     """Set up the host's side."""
     index = socket.if_nametoindex(link.host_ifname)
+    limits = bandwidth.host_requests(index, link.bandwidth, link.mtu)
     with Rtnl() as rtnl:
         if link.mode is Mode.BRIDGE:
             bridge = rtnl.link(BRIDGE)
             if bridge is None:
                 raise NotReady(f"the bridge {BRIDGE} is missing: the daemon makes it")
-            rtnl.commit(link_set(index, master=bridge.index), bridge_hairpin(index))
+            rtnl.commit(link_set(index, master=bridge.index), bridge_hairpin(index), *limits)
         else:
-            rtnl.commit(*_host_requests(link, index))
-    _refuse_router_advertisements(link.host_ifname)
+            rtnl.commit(*_host_requests(link, index), *limits)
+    _sysctl("ipv6", link.host_ifname, "accept_ra", "0")
+    if link.from_loopback:
+        # Martian replies to 127.0.0.1 are let in from this one interface; that the pod itself sends there is
+        # what the guard drops before anything else (CVE-2020-8558).
+        _sysctl("ipv4", BRIDGE if link.mode is Mode.BRIDGE else link.host_ifname, "route_localnet", "1")
 
 
 def _host_requests(link: PodLink, index: int) -> list[Request]:
+    """Return the host's routes and neighbours. A route that is there means an address in use: refused."""
     requests = []
     for address in link.addresses:
-        requests.append(route_replace(Route(f"{address.ip}/{address.family.bits}", oif=index)))
+        requests.append(route_add(Route(f"{address.ip}/{address.family.bits}", oif=index)))
         requests.append(neighbour_replace(index, address.ip, link.pod_mac))
     return requests
 
 
-def _configure_pod(link: PodLink) -> None:
-    """Set up the pod's side; runs in its namespace."""
-    _refuse_router_advertisements(link.ifname)
+def _configure_pod(link: PodLink) -> tuple[PodAddress, ...]:
+    """Set up the pod's side; runs in its namespace. Return the addresses that have the default route."""
+    _sysctl("ipv6", link.ifname, "accept_ra", "0")
+    if any(address.family is Family.V6 for address in link.addresses):
+        for ifname in ("lo", link.ifname):  # runtimes that know IPv4 only set it
+            _sysctl("ipv6", ifname, "disable_ipv6", "0")
     index = socket.if_nametoindex(link.ifname)
-    requests = [link_up(index)]
+    requests = [link_up(index), *bandwidth.pod_requests(index, link.bandwidth, link.mtu)]
     for address in link.addresses:
         requests.append(address_add(index, address.cidr))
-        if link.mode is Mode.ROUTED:
+        if link.mode is not Mode.BRIDGE:
             requests.append(route_replace(Route(f"{address.gateway}/{address.family.bits}", oif=index)))
             requests.append(neighbour_replace(index, address.gateway, link.host_mac))
-        default = "0.0.0.0/0" if address.family is Family.V4 else "::/0"
-        requests.append(route_replace(Route(default, gateway=address.gateway, oif=index)))
     with Rtnl() as rtnl:
         rtnl.commit(*requests)
+        routed = tuple(a for a in link.addresses if _set_default(rtnl, a, index))
+    if link.mode is Mode.BRIDGE:
+        for address in link.addresses:
+            # The bridge learns the port; nobody depends on it. Elsewhere there is nobody to tell.
+            with contextlib.suppress(OSError):
+                announce(link.ifname, address.ip, link.pod_mac)
+    return routed
 
 
-def _refuse_router_advertisements(ifname: str) -> None:
-    """Keep a pod from steering anybody's IPv6 traffic (CVE-2020-13401)."""
-    with contextlib.suppress(OSError):  # a kernel without IPv6 has no such file
-        fd = os.open(f"/proc/sys/net/ipv6/conf/{ifname}/accept_ra", os.O_WRONLY)
+def _set_default(rtnl: Rtnl, address: PodAddress, index: int) -> bool:
+    """Set the default route of a family unless the pod has one; return whether it is this one."""
+    try:
+        rtnl.commit(route_add(Route(address.default, gateway=address.gateway, oif=index)))
+    except NetlinkError as error:
+        if not error.exists:
+            raise
+        return False
+    return True
+
+
+def _sysctl(family: str, ifname: str, name: str, value: str) -> None:
+    """Set an interface's sysctl, `/proc/sys/net/FAMILY/conf/IFNAME/NAME`."""
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6 has no such file
+        fd = os.open(f"/proc/sys/net/{family}/conf/{ifname}/{name}", os.O_WRONLY)
         try:
-            os.write(fd, b"0")
+            os.write(fd, value.encode())
         finally:
             os.close(fd)
 
@@ -260,57 +285,20 @@ def ensure_bridge(cidrs: tuple[IPNetwork, ...]) -> list[str]:
     with Rtnl() as rtnl:
         if rtnl.link(BRIDGE) is None:
             rtnl.commit(bridge_add(BRIDGE, mac_of(str(cidrs[0]))))
+        # The bridge itself would follow a pod's router advertisement (CVE-2020-13401), and would look for
+        # duplicates of its addresses when the first pod comes: two seconds without IPv6.
+        for name in ("accept_ra", "accept_dad"):
+            _sysctl("ipv6", BRIDGE, name, "0")
         index = socket.if_nametoindex(BRIDGE)
         present = {a.cidr for a in rtnl.addresses(index)}
         wanted = [f"{gateway(c)}/{c.prefixlen}" for c in cidrs]
         rtnl.commit(*(address_add(index, a) for a in wanted if a not in present))
     try:
-        BRIDGE_FILTER.write_text("1")
+        for file in BRIDGE_FILTERS:
+            file.write_text("1")
     except OSError:
         return [
             "mode bridge needs the kernel's br_netfilter, which is not there: "
             "services will fail between pods of this node; load it, or use mode routed"
         ]
     return []
-
-
-def check(link: PodLink, netns_path: str) -> None:
-    """Raise WiringError naming the first thing that is not as planned."""
-    with Rtnl() as rtnl:
-        host = rtnl.link(link.host_ifname)
-        if host is None:
-            raise WiringError(f"the host interface {link.host_ifname} is missing")
-        if not host.up:
-            raise WiringError(f"the host interface {link.host_ifname} is down")
-        if link.mode is Mode.BRIDGE:
-            bridge = rtnl.link(BRIDGE)
-            if bridge is None or host.master != bridge.index:
-                raise WiringError(f"the host interface {link.host_ifname} is not a port of {BRIDGE}")
-        else:
-            for address in link.addresses:
-                route = rtnl.route_to(address.ip)
-                if route is None or route.oif != host.index:
-                    raise WiringError(f"the host route to {address.ip} is missing")
-    with _namespace(netns_path) as pod:
-        netns.run(pod, _check_pod, link)
-
-
-def _check_pod(link: PodLink) -> None:
-    with Rtnl() as rtnl:
-        inside = rtnl.link(link.ifname)
-        if inside is None:
-            raise WiringError(f"the pod's interface {link.ifname} is missing")
-        if not inside.up:
-            raise WiringError(f"the pod's interface {link.ifname} is down")
-        present = {a.cidr for a in rtnl.addresses(inside.index)}
-        defaults = {r.gateway for r in rtnl.routes() if r.destination.endswith("/0")}
-        known = {(n.address, n.mac) for n in rtnl.neighbours() if n.index == inside.index}
-        for address in link.addresses:
-            if address.cidr not in present:
-                raise WiringError(
-                    f"the address {address.cidr} is missing on the pod's interface {link.ifname}"
-                )
-            if address.gateway not in defaults:
-                raise WiringError(f"the default route by {address.gateway} is missing in the pod")
-            if link.mode is Mode.ROUTED and (address.gateway, link.host_mac) not in known:
-                raise WiringError(f"the neighbour entry of {address.gateway} is missing in the pod")

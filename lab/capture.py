@@ -8,10 +8,13 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from lab.probe import endpoint
 from netlink import netns
+from netlink.family import Family
 
 # linux/if_ether.h; asm-generic/socket.h (the old name: struct timespec of longs)
-ETH_P_ALL, ETH_P_IP = 0x0003, 0x0800
+ETH_P_ALL = 0x0003
+FAMILIES = {0x0800: Family.V4, 0x86DD: Family.V6}
 SO_TIMESTAMPNS = 35
 TCP, SYN = 6, 0x02
 BUFFER = 1 << 16
@@ -28,8 +31,8 @@ class Hop:
     destination_port: int
 
     def __str__(self) -> str:
-        ends = f"{self.source}:{self.source_port} → {self.destination}:{self.destination_port}"
-        return f"{self.place:<10} {ends}"
+        source = endpoint(self.source, self.source_port)
+        return f"{self.place:<10} {source} → {endpoint(self.destination, self.destination_port)}"
 
 
 @contextmanager
@@ -83,16 +86,26 @@ def _read(
             data, ancillary, _, address = packets.recvmsg(BUFFER, 64)
         except BlockingIOError:
             return
-        hop = _parse(place, data) if address[1] == ETH_P_IP and address[0] not in ignore else None
+        family = FAMILIES.get(address[1]) if address[0] not in ignore else None
+        hop = _parse(place, family, data) if family else None
         if hop is not None:
             seconds, nanoseconds = struct.unpack("@ll", ancillary[0][2])
             yield (seconds, nanoseconds), hop
 
 
-def _parse(place: str, data: bytes) -> Hop | None:
-    """Return the hop of an IPv4 TCP packet with SYN set, else None (RFC 791 and 9293)."""
-    header = (data[0] & 0x0F) * 4 if data else 0
-    if len(data) < max(header, 20) + 14 or data[9] != TCP or not data[header + 13] & SYN:
+def _parse(place: str, family: Family, data: bytes) -> Hop | None:
+    """Return the hop of a TCP packet with SYN set, else None (RFC 791, 8200 and 9293).
+
+    An IPv6 packet with extension headers is passed over: no TCP of the lab has any.
+    """
+    shortest = family.destination_offset + family.size
+    header = (data[0] & 0x0F) * 4 if family is Family.V4 and data else shortest
+    protocol = 9 if family is Family.V4 else 6
+    if len(data) < max(header, shortest) + 14 or data[protocol] != TCP or not data[header + 13] & SYN:
         return None
+    source, destination = (
+        socket.inet_ntop(family.af, data[offset : offset + family.size])
+        for offset in (family.source_offset, family.destination_offset)
+    )
     ports = struct.unpack_from("!HH", data, header)
-    return Hop(place, socket.inet_ntoa(data[12:16]), ports[0], socket.inet_ntoa(data[16:20]), ports[1])
+    return Hop(place, source, ports[0], destination, ports[1])

@@ -1,6 +1,7 @@
 """What the demo expects: scenarios A to D and F as data, and how an observation is judged. Pure.
 
-A case names places (hosts, nodes, pods), never addresses: those are known only once a lab is up.
+A case names places (hosts, nodes, pods), never addresses: those are known only once a lab is up, and
+they are of the IP family that the case is run for.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class Check(Enum):
 class Case:
     """One row: `source` asks for `servers` by `via`; they are to see one of the `seen` places' addresses.
 
-    `via` is "" for the server's own address, "udp", "localhost", "service/NAME", "PLACE:PORT", or
-    "PLACE.second:PORT". No servers: no answer may come. With `count` over 1 each server must get its
-    fair share.
+    `localhost` is a place, too.
+
+    `via` is "" for the server's own address, "localhost", "service/NAME", "PLACE:PORT", or
+    "PLACE.second:PORT"; "udp" stands before it, or alone. No servers: no answer may come. With `count`
+    over 1 each server must get its fair share.
     """
 
     scenario: str
@@ -47,6 +50,16 @@ class Case:
     hops: tuple[str, ...] = ()  # PATH only: "PLACE SOURCE DESTINATION", in order
 
     @property
+    def udp(self) -> bool:
+        """Whether it asks with a datagram."""
+        return self.via.partition(" ")[0] == "udp"
+
+    @property
+    def way(self) -> str:
+        """`via` without the protocol."""
+        return self.via.removeprefix("udp").lstrip()
+
+    @property
     def alone(self) -> bool:
         """Whether it must not run beside others: it changes the cluster or watches all traffic."""
         return self.check in (Check.GROW, Check.LEAK, Check.PATH, Check.OUTLIVE)
@@ -54,15 +67,16 @@ class Case:
     @property
     def name(self) -> str:
         """A short name, unique in CASES."""
-        parts = (self.scenario, self.source, "+".join(self.servers) or "nobody", self.via)
+        parts = (self.scenario, self.source, "+".join(self.servers) or "nobody", self.via.replace(" ", "-"))
         return "-".join(filter(None, (*parts, "" if self.check is Check.ASK else self.check.name.lower())))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A case's outcome, as the table shows it."""
+    """A case's outcome in one IP family, as the table shows it."""
 
     scenario: str
+    family: str
     source: str
     to: str
     via: str
@@ -78,7 +92,7 @@ def _pod(scenario: str, source: str, server: str, via: str = "", seen: str = "")
 
 
 A = (
-    _pod("A", "twin", "twin", "localhost", "127.0.0.1"),
+    _pod("A", "twin", "twin", "localhost", "localhost"),
     _pod("A", "twin", "twin", "twin:8080"),
     _pod("A", "customer", "twin", "twin:80"),
     _pod("A", "customer", "twin", "twin:8080"),
@@ -114,6 +128,10 @@ C = (
     Case("C", "node1", SUMMARY, "service/summary", ("node1",), SPREAD),
     Case("C", "node3", SUMMARY, "service/summary", ("node3",), SPREAD),
     _pod("C", "customer", "customer", "service/customer", seen="node1"),  # hairpin
+    _pod("C", "customer", "database", "udp service/database"),
+    _pod("C", "summary-2", "database", "udp service/database"),
+    _pod("C", "node2", "database", "udp service/database"),
+    _pod("C", "customer", "customer", "udp service/customer", seen="node1"),  # hairpin
     Case("C", "summary-1", SUMMARY, "service/summary", ("summary-1", "node2"), SPREAD),  # hairpin, half of it
     Case("C", "neighbour", SUMMARY, "service/summary", ("node1",), SPREAD),  # from off the cluster
     Case("C", "customer", (*SUMMARY, "summary-3"), "service/summary", ("customer",), SPREAD, Check.GROW),
@@ -128,10 +146,13 @@ D = (
     _pod("D", "node2", "customer", "node2:30180", "node2"),
     _pod("D", "summary-1", "customer", "node2:30180", "node2"),
     _pod("D", "summary-1", "customer", "node1:30180", "node1"),
+    _pod("D", "client", "customer", "udp node2:30180", "node2"),
     # Policy Local: the client's address is kept, a node without an endpoint drops.
     _pod("D", "client", "customer", "node1:30181", "client"),
     Case("D", "client", (), "node2:30181"),
     Case("D", "client", (), "node3:30181"),
+    _pod("D", "client", "customer", "udp node1:30181", "client"),
+    Case("D", "client", (), "udp node2:30181"),
     # From inside the cluster the policy is not applied: the pod is reached, with its client's address.
     _pod("D", "summary-1", "customer", "node2:30181", "summary-1"),
 )

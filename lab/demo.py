@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from lab import capture, controller, network, probe, process, runtime, state
 from lab.cases import CASES, Case, Check, Row, judge
 from lab.controller import WORKERS
-from lab.probe import Answer
+from lab.probe import Answer, endpoint
 from lab.runtime import Pod, PodSpec
 from lab.state import Lab
-from lab.topology import LabError, Mode, Topology
+from lab.topology import LOCALHOST, LabError, Mode, Topology, title, titles
+from netlink.family import Family
 
 SAMPLE = Path(__file__).with_name("samples") / "yaobank.yaml"
 NODE_PORT, INTERNET_PORT = 8080, 80
@@ -34,14 +35,22 @@ TWIN_SECOND_PORT = 8080
 THIRD = PodSpec("summary-3", "node1", "yaobank", {"app": "summary"}, (80,))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class World:
-    """A lab with the sample deployed: resolves the places of a case to namespaces and addresses."""
+    """A lab with the sample deployed, seen in one IP family.
+
+    It resolves the places of a case to namespaces and addresses.
+    """
 
     lab: Lab
+    family: Family
     pods: dict[str, Pod]
-    services: dict[str, tuple[str, int]]  # ClusterIP and port
-    unrouted: int = 0  # the router's count of packets without a route, before the first case
+    services: dict[Family, dict[str, tuple[str, int]]]  # ClusterIP and port
+    unrouted: dict[Family, int]  # the router's count of packets without a route, before the first case
+
+    def of(self, family: Family) -> World:
+        """Return the same lab seen in another family."""
+        return replace(self, family=family)
 
     def namespace(self, place: str) -> str:
         """The network namespace of a host, the router or a pod."""
@@ -53,16 +62,19 @@ class World:
         """The address of a place: of a pod, or on eth0 of a host (`NODE.second` is its other one)."""
         host, _, second = place.partition(".")
         if second:
-            return self.lab.plan.node(host).second
-        return self.pods[place].address if place in self.pods else self.lab.plan.host(place).address
+            return self.lab.plan.node(host).second(self.family)
+        if place == "localhost":
+            return LOCALHOST[self.family]
+        there = self.pods[place] if place in self.pods else self.lab.plan.host(place)
+        return there.address(self.family)
 
     def target(self, case: Case) -> tuple[str, int]:
         """Where the case's requests go."""
-        kind, _, service = case.via.partition("/")
+        kind, _, service = case.way.partition("/")
         if service:
-            return self.services[service]
-        if case.via == "localhost":
-            return "127.0.0.1", TWIN_SECOND_PORT
+            return self.services[self.family][service]
+        if kind == "localhost":
+            return self.address("localhost"), TWIN_SECOND_PORT
         if ":" in kind:
             place, _, port = kind.partition(":")
             return self.address(place), int(port)
@@ -78,12 +90,9 @@ class World:
         """The addresses a server may see. A pod sees its own node by whichever address faces it."""
         addresses = []
         for place in case.seen:
-            if place[0].isdigit():
-                addresses.append(place)
-                continue
             addresses.append(self.address(place))
             if self.lab.plan.mode is Mode.BRIDGE and any(place == self._node(s) for s in case.servers):
-                addresses.append(self.lab.plan.node(place).pod_gateway)
+                addresses.append(self.lab.plan.node(place).pod_gateway(self.family))
         return addresses
 
     def _node(self, server: str) -> str:
@@ -95,36 +104,44 @@ def deploy(lab: Lab) -> World:
     """Run the sample's pods, the twin pod and the servers outside the cluster; wait for its services."""
     if len(lab.plan.nodes) < NODES or lab.plan.nodes[2].segment == lab.plan.nodes[0].segment:
         raise LabError(f"the demo needs {NODES} nodes of which node3 is across the router")
-    pods = controller.apply(lab, SAMPLE) + controller.run(lab, [TWIN])
-    twin = pods[-1]
-    runtime.serve(lab, twin, [TWIN_SECOND_PORT])
+    pods = [applied.pod for applied in controller.apply(lab, SAMPLE)] + controller.run(lab, [TWIN])
+    runtime.serve(lab, pods[-1], [TWIN_SECOND_PORT])
     for node in lab.plan.nodes:
         _serve_host(lab, node.name, NODE_PORT)
     _serve_host(lab, "internet", INTERNET_PORT)
-    services = {
-        service["metadata"]["name"]: (service["spec"]["clusterIP"], service["spec"]["ports"][0]["port"])
-        for service in state.manifests(lab, "Service")
-    }
-    world = World(lab, {pod.spec.name: pod for pod in pods}, services)
+    families = lab.plan.families
+    services: dict[Family, dict[str, tuple[str, int]]] = {family: {} for family in families}
+    for service in state.manifests(lab, "Service"):
+        for family, address in controller.cluster_addresses(service).items():
+            services[family][service["metadata"]["name"]] = address, service["spec"]["ports"][0]["port"]
     # Wait only until the first that is late: the cases will say what is wrong, and sooner.
     all(
         _settle(partial(_answers, node.namespace, target))
         for node in lab.plan.nodes
-        for target in services.values()
+        for family in families
+        for target in services[family].values()
     )
-    world.unrouted = probe.unrouted(lab.plan.router)
-    return world
+    unrouted = {family: probe.unrouted(lab.plan.router, family) for family in families}
+    return World(lab, families[0], {pod.spec.name: pod for pod in pods}, services, unrouted)
 
 
 def run(world: World, cases: Sequence[Case] = CASES) -> list[Row]:
-    """Run the cases, several at once where they do not disturb each other; rows in the cases' order."""
-    together = [case for case in cases if not case.alone]
-    leaks = [case for case in cases if case.check is Check.LEAK]  # they look at all of the run
-    alone = [case for case in cases if case.alone and case not in leaks]
+    """Run the cases for each family of the lab, several at once where they do not disturb each other.
+
+    The rows are in the cases' order, family by family.
+    """
+    runs = [(family, case) for family in world.lab.plan.families for case in cases]
+    together = [of for of in runs if not of[1].alone]
+    leaks = [of for of in runs if of[1].check is Check.LEAK]  # they look at all of the run
+    alone = [of for of in runs if of[1].alone and of not in leaks]
+
+    def row(of: tuple[Family, Case]) -> Row:
+        return run_case(world.of(of[0]), of[1])
+
     with capture.stamping(), ThreadPoolExecutor(WORKERS) as pool:
-        rows = dict(zip(together, pool.map(lambda case: run_case(world, case), together), strict=True))
-        rows |= {case: run_case(world, case) for case in (*alone, *leaks)}
-    return [rows[case] for case in cases]
+        rows = dict(zip(together, pool.map(row, together), strict=True))
+        rows |= {of: row(of) for of in (*alone, *leaks)}
+    return [rows[of] for of in runs]
 
 
 def run_case(world: World, case: Case) -> Row:
@@ -138,15 +155,17 @@ def run_case(world: World, case: Case) -> Row:
     except (LabError, OSError) as error:
         saw, expected, passed = str(error), " ".join(case.seen), False
     to = " ".join(case.servers) or "nobody"
-    return Row(case.scenario, case.source, to, _via(world, case), saw, expected, passed, path)
+    family = title(world.family)
+    return Row(case.scenario, family, case.source, to, _via(world, case), saw, expected, passed, path)
 
 
 def _ask(world: World, case: Case) -> Outcome:
     address, port = world.target(case)
     namespace = world.namespace(case.source)
-    if case.via == "udp":
-        return judge(case, [probe.datagram(namespace, address, port)], world.seen(case))
-    return judge(case, probe.fetch(namespace, address, port, case.count), world.seen(case))
+    timeout = probe.TIMEOUT_SECONDS if case.servers else probe.SILENCE_SECONDS
+    if case.udp:
+        return judge(case, [probe.datagram(namespace, address, port, timeout)], world.seen(case))
+    return judge(case, probe.fetch(namespace, address, port, case.count, timeout), world.seen(case))
 
 
 def _taken(world: World, case: Case) -> Outcome:
@@ -170,7 +189,9 @@ def _outlive(world: World, case: Case) -> Outcome:
     said = []
     for ended in ports:
         process.stop([runtime.server_file(world.lab, pod, ended)])
-        result = probe.fetch(world.namespace(case.source), pod.address, TWIN_SECOND_PORT)[0]
+        result = probe.fetch(world.namespace(case.source), world.address(case.servers[0]), TWIN_SECOND_PORT)[
+            0
+        ]
         said.append(result.reason if isinstance(result, probe.Failure) else "served")
     for port in ports:
         runtime.serve(world.lab, pod, [port])
@@ -195,7 +216,7 @@ def _grow(world: World, case: Case) -> Outcome:
 
 
 def _leak(world: World, case: Case) -> Outcome:
-    leaked = probe.unrouted(world.namespace(case.source)) - world.unrouted
+    leaked = probe.unrouted(world.namespace(case.source), world.family) - world.unrouted[world.family]
     return f"{leaked} packets leaked", "0 packets leaked", leaked == 0
 
 
@@ -230,9 +251,9 @@ def demo(plan: Topology, keep: bool, as_json: bool, root: Path = state.ROOT) -> 
     with ExitStack() as undo:
         lab = network.up(plan, root)
         undo.callback(network.remove, plan.name, root)
-        clock.say(f"{len(plan.nodes)} nodes up, {plan.mode.value} pods")
+        clock.say(f"{len(plan.nodes)} nodes up, {plan.mode.value} pods, {titles(plan.families)}")
         world = deploy(lab)
-        clock.say(f"{len(world.pods)} pods and {len(world.services)} services up")
+        clock.say(f"{len(world.pods)} pods and {len(world.services[world.family])} services up")
         rows = run(world)
         clock.say(f"{len(rows)} cases run")
         print(render_json(rows) if as_json else render(rows))
@@ -249,9 +270,10 @@ def demo(plan: Topology, keep: bool, as_json: bool, root: Path = state.ROOT) -> 
 
 def render(rows: Sequence[Row]) -> str:
     """Return the table of verdicts, then the paths, then the count."""
-    lines = [("", "from", "to", "via", "address seen", "expected", "verdict")]
+    lines = [("", "", "from", "to", "via", "address seen", "expected", "verdict")]
     lines += [
-        (r.scenario, r.source, r.to, r.via, r.saw, r.expected, "ok" if r.passed else "FAILED") for r in rows
+        (r.scenario, r.family, r.source, r.to, r.via, r.saw, r.expected, "ok" if r.passed else "FAILED")
+        for r in rows
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -268,6 +290,7 @@ def render_json(rows: Sequence[Row]) -> str:
         [
             {
                 "scenario": row.scenario,
+                "family": row.family,
                 "from": row.source,
                 "to": row.to,
                 "via": row.via,
@@ -286,20 +309,26 @@ def hints(world: World) -> str:
     """Return what to try in a lab that is kept, as commands that work as printed."""
     name = world.lab.plan.name
     exec_ = f"podwire lab exec --name {name}"
-    address, port = world.services["summary"]
+    seen = [world.of(family) for family in world.lab.plan.families]
     return "\n".join(
         [
             f"lab: {name} is kept. To try:",
             f"  podwire lab status --name {name}",
-            f"  {exec_} customer -- curl -s {address}:{port}",
-            f"  {exec_} client -- curl -s {world.address('node2')}:30180",
-            f"  {exec_} node1 -- nft list table ip podwire",
+            *(f"  {exec_} customer -- curl -s {_url(*w.services[w.family]['summary'])}" for w in seen),
+            *(f"  {exec_} client -- curl -s {_url(w.address('node2'), 30180)}" for w in seen),
+            *(f"  {exec_} node1 -- nft list table {w.family.keyword} podwire" for w in seen),
             f"  {exec_} node1 -- podwire status --socket {world.lab.socket('node1')}",
             f"  podwire lab pod run --name {name} --node node3 --namespace yaobank"
             " --label app=summary --serve 80 summary-3",
             f"  podwire lab down --name {name}",
         ]
     )
+
+
+def _url(address: str, port: int) -> str:
+    """Return a URL that a shell takes as it is, brackets and all."""
+    url = f"http://{endpoint(address, port)}"
+    return f"-g '{url}'" if ":" in address else url
 
 
 class _Progress:
@@ -318,7 +347,7 @@ def _explain(lab: Lab, rows: Iterable[Row], keep: bool) -> None:
     """Say on stderr what each failure was, and where the daemons' logs are: beyond the lab's life."""
     for row in rows:
         if not row.passed:
-            what = f"{row.scenario}: {row.source} to {row.to} by {row.via}"
+            what = f"{row.scenario} {row.family}: {row.source} to {row.to} by {row.via}"
             print(f"lab: {what}: expected {row.expected}, saw {row.saw or 'nothing'}", file=sys.stderr)
     logs = lab.root
     if not keep:
@@ -355,7 +384,7 @@ def _via(world: World, case: Case) -> str:
     if case.check is Check.LEAK:
         return case.via
     address, port = world.target(case)
-    kind, _, service = case.via.partition("/")
-    protocol = "/udp" if kind == "udp" else ""
+    kind, _, service = case.way.partition("/")
+    protocol = "/udp" if case.udp else ""
     place = f"{service} " if service else f"{kind.partition(':')[0]} " if ":" in kind else ""
-    return f"{place}{address}:{port}{protocol}"
+    return f"{place}{endpoint(address, port)}{protocol}"

@@ -8,6 +8,7 @@ alone would double that) and nothing of podwire. HTTP/1.1 with keep-alive; any G
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -19,6 +20,7 @@ IDLE_SECONDS = 60.0
 REFUSAL = b"HTTP/1.1 %s\r\nAllow: GET\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 READY = "echo: ready"
 USAGE = "usage: echo.py NAME NODE [--udp] PORT..."
+ANY_ADDRESS = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 
 
 def answer(identity: tuple[str, str], client: tuple[str, int], server: tuple[str, int]) -> bytes:
@@ -85,6 +87,30 @@ def serve_udp(server: socket.socket, identity: tuple[str, str]) -> None:
             server.sendto(answer(identity, client[:2], server.getsockname()[:2]), client)
 
 
+def listen(port: int, kind: socket.SocketKind) -> list[socket.socket]:
+    """Return a socket on the port for each IP family that the kernel has; OSError when the port is taken.
+
+    One each, not one for both: an IPv6 socket would show IPv4 clients as ::ffff:192.0.2.1.
+    """
+    found = []
+    for family, address in ANY_ADDRESS.items():
+        try:
+            server = socket.socket(family, kind)
+        except OSError as error:
+            if error.errno == errno.EAFNOSUPPORT:
+                continue
+            raise
+        if family == socket.AF_INET6:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if kind == socket.SOCK_STREAM:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, port))
+        if kind == socket.SOCK_STREAM:
+            server.listen(128)
+        found.append(server)
+    return found
+
+
 def main(arguments: list[str]) -> int:
     """Serve the ports until killed; 1 when a port is taken, 2 for wrong arguments."""
     udp = "--udp" in arguments
@@ -93,15 +119,13 @@ def main(arguments: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     identity = (words[0], words[1])
+    kinds = {socket.SOCK_STREAM: serve_tcp} | ({socket.SOCK_DGRAM: serve_udp} if udp else {})
     threads = []
     for port in map(int, words[2:]):
         try:
-            listener = socket.create_server(("0.0.0.0", port), backlog=128)
-            threads.append(threading.Thread(target=serve_tcp, args=(listener, identity)))
-            if udp:
-                datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                datagrams.bind(("0.0.0.0", port))
-                threads.append(threading.Thread(target=serve_udp, args=(datagrams, identity)))
+            for kind, serve in kinds.items():
+                for server in listen(port, kind):
+                    threads.append(threading.Thread(target=serve, args=(server, identity)))
         except OSError as error:
             print(f"echo: port {port}: {os.strerror(error.errno or 0)}", file=sys.stderr)
             return 1

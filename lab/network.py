@@ -17,15 +17,17 @@ from cni import install
 from lab import process, state
 from lab.probe import wait_status
 from lab.state import Lab
-from lab.topology import SERVICE_CIDR, Host, LabError, Node, Topology, namespace_prefix
+from lab.topology import ANYWHERE, SERVICE_CIDRS, Host, LabError, Node, Topology, namespace_prefix
 from netlink import netns
+from netlink.family import Family
 from netlink.requests import Route, Veth, address_add, bridge_add, link_set, link_up, route_replace, veth_add
 from netlink.rtnl import Rtnl
 
 MTU = 1500
 READY_SECONDS = 20.0
 HEALTH_PORT = 10256
-ANYWHERE = "0.0.0.0/0"
+FORWARDING = {Family.V4: "ipv4/ip_forward", Family.V6: "ipv6/conf/all/forwarding"}
+SYSCTL = Path("/proc/sys/net")
 
 # linux/rtnetlink.h RTPROT_STATIC: what an administrator sets. Routes under podwire's own number
 # would be removed by the daemon as its own leftovers.
@@ -46,9 +48,10 @@ def build(plan: Topology) -> None:
         netns.run(plan.router, _build_router, plan, handles)
     for host in plan.hosts:
         netns.run(host.namespace, _build_host, host)
-    to_pods = [(node.pod_cidr, node.address) for node in plan.nodes]
+    to_pods = [hop for node in plan.nodes for hop in zip(node.pod_cidrs, node.addresses, strict=True)]
     netns.run(plan.router, _set_routes, to_pods)
-    netns.run(plan.host("neighbour").namespace, _set_routes, [(SERVICE_CIDR, plan.nodes[0].address)])
+    to_services = [(SERVICE_CIDRS[family], plan.nodes[0].address(family)) for family in plan.families]
+    netns.run(plan.host("neighbour").namespace, _set_routes, to_services)
 
 
 def remove(name: str, root: Path = state.ROOT) -> bool:
@@ -131,15 +134,15 @@ def daemon(lab: Lab, node: str) -> process.Process | None:
 
 
 def node_object(node: Node) -> state.Json:
-    """Return the Kubernetes Node object of a lab's node."""
+    """Return the Kubernetes Node object of a lab's node; the cluster's first family comes first in it."""
     return {
         "apiVersion": "v1",
         "kind": "Node",
         "metadata": {"name": node.name, "labels": {"kubernetes.io/hostname": node.name}},
-        "spec": {"podCIDR": node.pod_cidr, "podCIDRs": [node.pod_cidr]},
+        "spec": {"podCIDR": node.pod_cidrs[0], "podCIDRs": list(node.pod_cidrs)},
         "status": {
             "addresses": [
-                {"type": "InternalIP", "address": node.address},
+                *({"type": "InternalIP", "address": address} for address in node.addresses),
                 {"type": "Hostname", "address": node.name},
             ],
             "conditions": [{"type": "Ready", "status": "True"}],
@@ -176,7 +179,9 @@ def _install(lab: Lab, node: Node) -> None:
 
 def _build_router(plan: Topology, handles: dict[str, int]) -> None:
     """Inside the router: its bridges, a cable to every host, its addresses, and forwarding."""
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    for family in plan.families:
+        (SYSCTL / FORWARDING[family]).write_text("1")
+    _trust_addresses("default")
     with Rtnl() as rtnl:
         rtnl.commit(link_up(_index(rtnl, "lo")))
         rtnl.commit(*(bridge_add(port.name) for port in plan.router_ports if port.bridge))
@@ -186,18 +191,28 @@ def _build_router(plan: Topology, handles: dict[str, int]) -> None:
         index = {link.name: link.index for link in rtnl.links()}
         rtnl.commit(
             *(link_set(index[h.name], master=index[h.segment]) for h in plan.hosts if h.segment),
-            *(address_add(index[port.name], port.address) for port in plan.router_ports),
+            *(address_add(index[p.name], address) for p in plan.router_ports for address in p.addresses),
         )
 
 
 def _build_host(host: Host) -> None:
-    """Inside a host: loopback, eth0 with its address, and the router as the way to everywhere."""
+    """Inside a host: loopback, eth0 with its addresses, and the router as the way to everywhere."""
+    _trust_addresses("eth0")
     with Rtnl() as rtnl:
         eth0 = _index(rtnl, "eth0")
-        rtnl.commit(link_up(_index(rtnl, "lo")), link_up(eth0), address_add(eth0, host.interface))
-        if isinstance(host, Node):
-            rtnl.commit(address_add(eth0, f"{host.second}/24"))
-    _set_routes([(ANYWHERE, host.gateway)])
+        rtnl.commit(link_up(_index(rtnl, "lo")), link_up(eth0))
+        rtnl.commit(*(address_add(eth0, interface) for interface in host.interfaces))
+    _set_routes([(ANYWHERE[subnet.family], host.gateway(subnet.family)) for subnet in host.subnets])
+
+
+def _trust_addresses(interface: str) -> None:
+    """Use link-local addresses at once: looking for duplicates first takes a second, and there are none.
+
+    Only on the lab's cables: the interfaces that podwire makes behave as on any node.
+    """
+    path = SYSCTL / "ipv6/conf" / interface / "accept_dad"
+    if path.exists():
+        path.write_text("0")
 
 
 def _set_routes(routes: list[tuple[str, str]]) -> None:

@@ -6,11 +6,15 @@ import json
 import socket
 import time
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 from netlink import netns
+from netlink.family import Family
 
 TIMEOUT_SECONDS = 2.0
+SILENCE_SECONDS = 1.0
+"""How long to wait where no answer is expected: what refuses or answers in a lab does so in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,9 @@ class Failure:
 Result = Answer | Failure
 
 
-def fetch(namespace: str, address: str, port: int, count: int = 1) -> list[Result]:
+def fetch(
+    namespace: str, address: str, port: int, count: int = 1, timeout: float = TIMEOUT_SECONDS
+) -> list[Result]:
     """Make `count` HTTP requests from inside a namespace, each on a connection of its own.
 
     Stops at the first that fails: a hundred time-outs in a row tell nothing more.
@@ -40,15 +46,15 @@ def fetch(namespace: str, address: str, port: int, count: int = 1) -> list[Resul
     def work() -> list[Result]:
         results: list[Result] = []
         while len(results) < count and not (results and isinstance(results[-1], Failure)):
-            results.append(_get(address, port))
+            results.append(_get(address, port, timeout))
         return results
 
     return netns.run(namespace, work)
 
 
-def datagram(namespace: str, address: str, port: int) -> Result:
+def datagram(namespace: str, address: str, port: int, timeout: float = TIMEOUT_SECONDS) -> Result:
     """Send one UDP datagram from inside a namespace and return the answer to it."""
-    return netns.run(namespace, _ask, address, port)
+    return netns.run(namespace, _ask, address, port, timeout)
 
 
 def wait_status(namespace: str, port: int, path: str, deadline: float) -> bool:
@@ -64,30 +70,39 @@ def wait_status(namespace: str, port: int, path: str, deadline: float) -> bool:
     return netns.run(namespace, wait)
 
 
-def unrouted(namespace: str) -> int:
-    """Return how many packets a router has dropped because it had no route for them (IpExt InNoRoutes)."""
+def unrouted(namespace: str, family: Family) -> int:
+    """Return how many packets a router has dropped because it had no route for them (InNoRoutes)."""
 
     def count() -> int:
-        rows = [line.split() for line in Path("/proc/thread-self/net/netstat").read_text().splitlines()]
-        names, values = (row for row in rows if row[0] == "IpExt:")
+        file = "netstat" if family is Family.V4 else "snmp6"
+        rows = [line.split() for line in Path("/proc/thread-self/net", file).read_text().splitlines()]
+        if family is Family.V6:  # a name and a value in each line
+            return int(next(row[1] for row in rows if row[0] == "Ip6InNoRoutes"))
+        names, values = (row for row in rows if row[0] == "IpExt:")  # a line of names, one of values
         return int(values[names.index("InNoRoutes")])
 
     return netns.run(namespace, count)
 
 
-def _get(address: str, port: int) -> Result:
+def endpoint(address: str, port: int | str) -> str:
+    """Return an address and a port as a URL has them."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _get(address: str, port: int, timeout: float) -> Result:
     try:
-        with socket.create_connection((address, port), TIMEOUT_SECONDS) as connection:
+        with socket.create_connection((address, port), timeout) as connection:
             body = _exchange(connection, address, "/")[1]
         return _answer(body)
     except OSError as error:
         return _failure(error)
 
 
-def _ask(address: str, port: int) -> Result:
+def _ask(address: str, port: int, timeout: float) -> Result:
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            client.settimeout(TIMEOUT_SECONDS)
+        family = Family(ip_address(address).version)
+        with socket.socket(family.af, socket.SOCK_DGRAM) as client:
+            client.settimeout(timeout)
             client.connect((address, port))
             client.send(b"?")
             return _answer(client.recv(4096))
@@ -107,7 +122,8 @@ def _status(port: int, path: str) -> int:
 def _exchange(connection: socket.socket, host: str, path: str) -> tuple[bytes, bytes]:
     """Send one GET and return the head and the body, read until the server closes."""
     connection.settimeout(TIMEOUT_SECONDS)
-    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    name = f"[{host}]" if ":" in host else host
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
     received = b""
     while chunk := connection.recv(65536):
         received += chunk

@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 from pathlib import Path
 
 from lab import echo, process, state
 from lab.state import Json, Lab
-from lab.topology import LabError
+from lab.topology import LabError, title
 from netlink import netns
+from netlink.family import Family
 from netlink.requests import link_up
 from netlink.rtnl import Rtnl
 
@@ -65,10 +66,12 @@ class Pod:
         """The pod's addresses, without prefix length."""
         return tuple(str(ip_interface(ip["address"]).ip) for ip in (self.result or {}).get("ips", ()))
 
-    @property
-    def address(self) -> str:
-        """The pod's first address, or `-` when it has none."""
-        return next(iter(self.addresses), "-")
+    def address(self, family: Family) -> str:
+        """Return the pod's first address of a family; LabError when it has none."""
+        for address in self.addresses:
+            if ip_address(address).version == family.value:
+                return address
+        raise LabError(f"pod {self.spec.name} has no {title(family)} address")
 
 
 def add(lab: Lab, spec: PodSpec) -> Pod:

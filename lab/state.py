@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from lab.topology import LabError, Mode, Topology, plan
+from lab.topology import IpFamily, LabError, Mode, Topology, plan
 
 ROOT = Path("/run/podwire/lab")
 
@@ -64,6 +64,7 @@ def save(lab: Lab) -> None:
         "nodes": len(lab.plan.nodes),
         "far": lab.plan.far_nodes,
         "mode": lab.plan.mode.value,
+        "ip_family": lab.plan.ip_family.value,
     }
     write_json(lab.root / "lab.json", fields)
 
@@ -75,7 +76,8 @@ def load(name: str, root: Path = ROOT) -> Lab:
         fields = json.loads((path / "lab.json").read_text())
     except FileNotFoundError:
         raise LabError(f"there is no lab named {name!r}; `podwire lab up --name {name}` makes it") from None
-    return Lab(plan(fields["name"], fields["nodes"], fields["far"], Mode(fields["mode"])), path)
+    mode, ip_family = Mode(fields["mode"]), IpFamily(fields["ip_family"])
+    return Lab(plan(fields["name"], fields["nodes"], fields["far"], mode, ip_family), path)
 
 
 def names(root: Path = ROOT) -> list[str]:

@@ -1,24 +1,42 @@
 """The plan of a lab: which namespaces there are, how they are cabled, and every address. Pure.
 
-    node1 node2 … ── lan0 ─┐                 ┌─ internet  203.0.113.10
+    node1 node2 … ── lan0 ─┐                 ┌─ internet  203.0.113.10   2001:db8:113::10
     neighbour ───── lan0 ──┤ router (bridges │
-    far node(s) ─── lan1 ──┘ live inside it) └─ client    198.51.100.10
+    far node(s) ─── lan1 ──┘ live inside it) └─ client    198.51.100.10  2001:db8:51::10
 
 The router carries one route per pod range, as a cloud's route table does, so that a far node is a
-node across a router. It has no route to the service range: a service address that leaves a node
+node across a router. It has no route to the service ranges: a service address that leaves a node
 unhandled dies there and is counted. The neighbour is a machine on lan0 that is no node and reaches
-the service range through node1.
+the service ranges through node1.
+
+A lab has IPv4, IPv6 or both, on every host; what differs is a row in a table here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-SERVICE_CIDR = "10.96.0.0/16"
-POD_CIDR = "10.244.0.0/16"
+from netlink.family import Family
+
+SERVICE_CIDRS = {Family.V4: "10.96.0.0/16", Family.V6: "fd00:10:96::/112"}
+POD_CIDRS = {Family.V4: "10.244.0.0/16", Family.V6: "fd00:10:244::/56"}
+ANYWHERE = {Family.V4: "0.0.0.0/0", Family.V6: "::/0"}
+LOCALHOST = {Family.V4: "127.0.0.1", Family.V6: "::1"}
+NODE_POD_CIDR = {Family.V4: "10.244.{}.0/24", Family.V6: "fd00:10:244:{}::/64"}
+"""The pod range of a node, by the node's number."""
+
+SUBNETS = {
+    "lan0": {Family.V4: "192.168.50.", Family.V6: "fd00:192:168:50::"},
+    "lan1": {Family.V4: "192.168.60.", Family.V6: "fd00:192:168:60::"},
+    "internet": {Family.V4: "203.0.113.", Family.V6: "2001:db8:113::"},
+    "client": {Family.V4: "198.51.100.", Family.V6: "2001:db8:51::"},
+}
+"""By segment or cable. An address is the prefix and a number; the digits are the same in both families."""
+
+ROUTER_NUMBER = 1
 MAX_NODES = 80
 
 # No dash: the namespaces of lab "a" can then never be taken for those of another lab.
@@ -36,41 +54,128 @@ class Mode(Enum):
     BRIDGE = "bridge"
 
 
+class IpFamily(Enum):
+    """Which addresses everything in a lab has."""
+
+    IPV4 = "ipv4"
+    IPV6 = "ipv6"
+    DUAL = "dual"
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The families, the cluster's first one first."""
+        return {
+            IpFamily.IPV4: (Family.V4,),
+            IpFamily.IPV6: (Family.V6,),
+            IpFamily.DUAL: (Family.V4, Family.V6),
+        }[self]
+
+
+def title(family: Family) -> str:
+    """Return a family's name as Kubernetes objects have it."""
+    return f"IPv{family.value}"
+
+
+def titles(families: Iterable[Family]) -> str:
+    """Return families as they stand in a sentence."""
+    return " and ".join(map(title, families))
+
+
+@dataclass(frozen=True, slots=True)
+class Subnet:
+    """One family's range of a segment or cable: `prefix` and a number are an address."""
+
+    family: Family
+    prefix: str
+
+    @property
+    def length(self) -> int:
+        """The prefix length in bits."""
+        return 24 if self.family is Family.V4 else 64
+
+    def address(self, number: int) -> str:
+        """Return the address of that number."""
+        return f"{self.prefix}{number}"
+
+    def interface(self, number: int) -> str:
+        """Return the address of that number with its prefix length, as an interface carries it."""
+        return f"{self.address(number)}/{self.length}"
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A namespace with one cable to the router; `address` is on its eth0, `gateway` is the router."""
+    """A namespace with one cable to the router; its addresses are on its eth0."""
 
     name: str
     namespace: str
-    address: str
-    gateway: str
     segment: str  # the bridge in the router it hangs on, or "" for a cable of its own
+    number: int  # the last part of its addresses
+    subnets: tuple[Subnet, ...]  # one per family of the lab
+
+    def address(self, family: Family) -> str:
+        """Return its address; LabError when the lab has none of that family."""
+        return self._subnet(family).address(self.number)
+
+    def gateway(self, family: Family) -> str:
+        """Return the router's address on its subnet."""
+        return self._subnet(family).address(ROUTER_NUMBER)
 
     @property
-    def interface(self) -> str:
-        """The address with its prefix length, as eth0 carries it."""
-        return f"{self.address}/24"
+    def addresses(self) -> tuple[str, ...]:
+        """Its addresses, one per family."""
+        return tuple(subnet.address(self.number) for subnet in self.subnets)
+
+    @property
+    def interfaces(self) -> tuple[str, ...]:
+        """What eth0 carries, with prefix lengths, in the order to add."""
+        return tuple(subnet.interface(self.number) for subnet in self.subnets)
+
+    def _subnet(self, family: Family) -> Subnet:
+        for subnet in self.subnets:
+            if subnet.family is family:
+                return subnet
+        raise LabError(f"{self.name} has no {title(family)} address in this lab")
 
 
 @dataclass(frozen=True, slots=True)
 class Node(Host):
-    """A host that runs a daemon. `second` is another local address of eth0, to show that any will do."""
+    """A host that runs a daemon."""
 
-    pod_cidr: str
-    second: str
+    index: int  # node1 is 1
 
     @property
-    def pod_gateway(self) -> str:
-        """The first address of the pod range: the bridge's own in bridge mode."""
-        return self.pod_cidr.replace(".0/24", ".1")
+    def pod_cidrs(self) -> tuple[str, ...]:
+        """The node's pod ranges, one per family."""
+        return tuple(NODE_POD_CIDR[subnet.family].format(self.index) for subnet in self.subnets)
+
+    def pod_gateway(self, family: Family) -> str:
+        """Return the first address of the pod range: the bridge's own in bridge mode."""
+        network = NODE_POD_CIDR[family].format(self.index).partition("/")[0]
+        return network.removesuffix("0") + "1"
+
+    def second(self, family: Family) -> str:
+        """Return another local address of eth0, to show that any will do."""
+        return self._subnet(family).address(self.number + 100)
+
+    @property
+    def interfaces(self) -> tuple[str, ...]:
+        """What eth0 carries, in the order to add: the last `address` of a family is what it sends from.
+
+        Of several equally good addresses IPv4 prefers the oldest and IPv6 the newest.
+        """
+        found: list[str] = []
+        for subnet in self.subnets:
+            both = [subnet.interface(self.number), subnet.interface(self.number + 100)]
+            found += both if subnet.family is Family.V4 else reversed(both)
+        return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
 class RouterPort:
-    """An interface of the router that carries an address: a segment's bridge, or a cable's end."""
+    """An interface of the router that carries addresses: a segment's bridge, or a cable's end."""
 
     name: str
-    address: str
+    addresses: tuple[str, ...]  # with prefix length
     bridge: bool
 
 
@@ -80,8 +185,14 @@ class Topology:
 
     name: str
     mode: Mode
+    ip_family: IpFamily
     nodes: tuple[Node, ...]
     others: tuple[Host, ...]  # neighbour, internet, client
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The IP families that everything in the lab has."""
+        return self.ip_family.families
 
     @property
     def prefix(self) -> str:
@@ -103,7 +214,9 @@ class Topology:
         """The router's addressed interfaces, segments first."""
         ports = {
             host.segment or host.name: RouterPort(
-                host.segment or host.name, f"{host.gateway}/24", bool(host.segment)
+                host.segment or host.name,
+                tuple(subnet.interface(ROUTER_NUMBER) for subnet in host.subnets),
+                bool(host.segment),
             )
             for host in self.hosts
         }
@@ -142,7 +255,13 @@ def namespace_prefix(lab: str) -> str:
     return f"pw-{lab}-"
 
 
-def plan(name: str, nodes: int = 3, far: int | None = None, mode: Mode = Mode.ROUTED) -> Topology:
+def plan(
+    name: str,
+    nodes: int = 3,
+    far: int | None = None,
+    mode: Mode = Mode.ROUTED,
+    ip_family: IpFamily = IpFamily.IPV4,
+) -> Topology:
     """Return the plan of a lab of `nodes` nodes of which the last `far` are across the router.
 
     `far` None means one when there are three nodes or more. Raises LabError for what cannot be built.
@@ -155,25 +274,30 @@ def plan(name: str, nodes: int = 3, far: int | None = None, mode: Mode = Mode.RO
         far = 1 if nodes >= 3 else 0
     if not 0 <= far < nodes:
         raise LabError(f"--far {far} must be from 0 to {nodes - 1}: node1 is on the near segment")
-    return Topology(name, mode, tuple(_nodes(name, nodes, far)), tuple(_others(name)))
+    families = ip_family.families
+    segments = ["lan1" if i > nodes - far else "lan0" for i in range(1, nodes + 1)]
+    return Topology(
+        name,
+        mode,
+        ip_family,
+        tuple(_node(name, i, segment, families) for i, segment in enumerate(segments, 1)),
+        tuple(_others(name, families)),
+    )
 
 
-def _nodes(lab: str, count: int, far: int) -> Iterator[Node]:
-    for i in range(1, count + 1):
-        segment, subnet = ("lan1", "192.168.60") if i > count - far else ("lan0", "192.168.50")
-        yield Node(
-            name=f"node{i}",
-            namespace=f"{namespace_prefix(lab)}node{i}",
-            address=f"{subnet}.{10 + i}",
-            gateway=f"{subnet}.1",
-            segment=segment,
-            pod_cidr=f"10.244.{i}.0/24",
-            second=f"{subnet}.{110 + i}",
-        )
+def _node(lab: str, index: int, segment: str, families: tuple[Family, ...]) -> Node:
+    name = f"node{index}"
+    return Node(
+        name, f"{namespace_prefix(lab)}{name}", segment, 10 + index, _subnets(segment, families), index
+    )
 
 
-def _others(lab: str) -> Iterator[Host]:
+def _others(lab: str, families: tuple[Family, ...]) -> Iterator[Host]:
     prefix = namespace_prefix(lab)
-    yield Host("neighbour", f"{prefix}neighbour", "192.168.50.250", "192.168.50.1", "lan0")
-    yield Host("internet", f"{prefix}internet", "203.0.113.10", "203.0.113.1", "")
-    yield Host("client", f"{prefix}client", "198.51.100.10", "198.51.100.1", "")
+    yield Host("neighbour", f"{prefix}neighbour", "lan0", 250, _subnets("lan0", families))
+    for name in ("internet", "client"):
+        yield Host(name, f"{prefix}{name}", "", 10, _subnets(name, families))
+
+
+def _subnets(place: str, families: tuple[Family, ...]) -> tuple[Subnet, ...]:
+    return tuple(Subnet(family, SUBNETS[place][family]) for family in families)

@@ -17,10 +17,14 @@ from pathlib import Path
 
 from netaddr import IPNetwork
 
-from cni.plugin import Plugin, ledger_of
+from cni import install
+from cni.plugin import Plugin, ledger_of, rules_for
 from cni.reaper import Reaper
-from ipam.ledger import Ledger, LedgerError
+from cni.rules import RulesError
+from ipam.ledger import Ledger, LedgerError, State
+from ipam.pools import groups
 from node import underlay, web
+from node.keeper import Keeper
 from node.metrics import Metrics
 from node.server import CniService, InspectService, serving
 from node.sources.manifests import Content, ManifestFolder
@@ -39,7 +43,10 @@ RETRY_SECONDS = (0.1, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """What the command line decides. Addresses are host:port; an empty one is not served."""
+    """What the command line decides. Addresses are host:port; an empty one is not served.
+
+    `cni_conf_dir` is where the conflist goes once pods can be added; None leaves that to `podwire install`.
+    """
 
     sync: SyncConfig
     source: Path
@@ -47,6 +54,7 @@ class DaemonConfig:
     socket: Path
     metrics_address: str
     healthz_address: str
+    cni_conf_dir: Path | None = None
 
 
 class Daemon:
@@ -60,6 +68,7 @@ class Daemon:
         self._synced = threading.Event()
         self._pending: Pending | None = None
         self._source_failed = False
+        self._announced = False  # the conflist is written
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status."""
@@ -67,7 +76,7 @@ class Daemon:
             signal.signal(number, lambda *_: self._stop.set())
         config = self._config
         with ExitStack() as stack:
-            ledger = stack.enter_context(ledger_of(config.state_dir))
+            ledger = stack.enter_context(ledger_of(config.state_dir, background_checkpoints=True))
             if ledger.reclaimed:
                 log.info("%d attachments of an earlier boot were freed", ledger.reclaimed)
             for problem in underlay.forward_packets():
@@ -75,7 +84,9 @@ class Daemon:
             reaper = stack.enter_context(Reaper(ledger, config.state_dir))
             reaper.recover()
             syncer = stack.enter_context(Syncer(config.sync, ledger))
-            plugin = Plugin(ledger, config.state_dir, defer=reaper.submit)
+            rules = stack.enter_context(rules_for(ledger))
+            keeper = Keeper(rules, syncer.intact, lambda: _forget_stale_flows(ledger, reaper))
+            plugin = Plugin(ledger, config.state_dir, reaper.submit, reaper.settle, rules)
             inspect = InspectService(config.sync, ledger, syncer, self._ready)
             pages = self._pages(syncer, ledger)
             health = {path: pages[path] for path in ("/healthz", "/livez")}  # all that strangers may see
@@ -86,7 +97,7 @@ class Daemon:
             source.start()
             stack.callback(source.join)
             stack.callback(self._stop.set)
-            self._sync_until_stopped(syncer, inspect)
+            self._sync_until_stopped(syncer, inspect, keeper)
         log.info("stopped; rules, routes and pods stay as they are")
         return 1 if self._source_failed else 0
 
@@ -107,22 +118,24 @@ class Daemon:
             self._source_failed = True
             self._stop.set()
 
-    def _sync_until_stopped(self, syncer: Syncer, inspect: InspectService) -> None:
+    def _sync_until_stopped(self, syncer: Syncer, inspect: InspectService, keeper: Keeper) -> None:
         wait = RETRY_SECONDS[0]
         while not self._stop.is_set():
             pending = self._pending or self._store.take(timeout=0.2) or syncer.again()
             self._pending = pending
-            if pending is None:
-                continue
             try:
+                if not keeper.look():
+                    pending = pending or syncer.compare()
+                if pending is None:
+                    continue
                 self._sync(syncer, pending)
-            except (OSError, LedgerError) as error:
+            except (OSError, LedgerError, RulesError) as error:
                 log.error("sync failed, trying again in %.1f s: %s", wait, error)
                 inspect.sync_problems = (f"the last change is not in the kernel: {error}",)
                 self._metrics.failures.inc()
                 self._stop.wait(wait)
                 wait = min(wait * 2, RETRY_SECONDS[1])
-                self._pending = _merged(pending, self._store.take(timeout=0))
+                self._pending = _merged(pending or syncer.compare(), self._store.take(timeout=0))
             else:
                 self._pending, wait = None, RETRY_SECONDS[0]
                 inspect.sync_problems = ()
@@ -140,6 +153,10 @@ class Daemon:
             gc.collect()
             gc.freeze()
             log.info("ready: %d services, %d elements", syncer.status.services, syncer.elements)
+        if syncer.status.ready and self._config.cni_conf_dir and not self._announced:
+            # The runtime believes in a network from here on.
+            log.info("wrote %s", install.install_conflist(self._config.cni_conf_dir))
+            self._announced = True
 
     def _ready(self) -> bool:
         """Whether the first snapshot is in the kernel and changes are not stuck."""
@@ -165,15 +182,25 @@ class Daemon:
             self._metrics.elements.set(syncer.elements)
             self._metrics.frontends.set(len(syncer.table))
             self._metrics.pods.set(len(ledger.attachments()))
-            for usage in ledger.usage([IPNetwork(c) for c in syncer.status.pod_cidrs]):
-                self._metrics.addresses.labels(str(usage.cidr), "capacity").set(usage.capacity)
-                self._metrics.addresses.labels(str(usage.cidr), "used").set(usage.used)
+            cidrs = tuple(IPNetwork(c) for c in syncer.status.pod_cidrs)
+            ipam = self._config.sync.ipam
+            for usage in ledger.usage(groups(ipam, cidrs), ipam.quarantine):
+                family = f"IPv{usage.version}"
+                for state in ("capacity", "used", "releasing", "quarantined", "kept"):
+                    self._metrics.addresses.labels(usage.name, family, state).set(getattr(usage, state))
             return 200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.page()
 
         def proxy_mode() -> tuple[int, str, bytes]:
             return web.text(Dataplane.name)
 
         return {"/healthz": healthz, "/livez": livez, "/metrics": metrics, "/proxyMode": proxy_mode}
+
+
+def _forget_stale_flows(ledger: Ledger, reaper: Reaper) -> None:
+    """Host ports led nowhere for a moment, and whoever sent to them is remembered so."""
+    for attachment in ledger.attachments(State.ATTACHED):
+        if attachment.host_ports:
+            reaper.settle(attachment)
 
 
 def _merged(failed: Pending, newer: Pending | None) -> Pending:

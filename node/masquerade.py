@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from ipaddress import ip_address
+from collections.abc import Mapping, Sequence, Set
+from ipaddress import ip_address, ip_network
 
+from netlink.family import Family
 from node.routes import accepted_ranges
 from proxy.model import Node
 from proxy.nftables.dataplane import NodeRanges
@@ -13,8 +14,17 @@ ALWAYS_KEPT = ("169.254.0.0/16", "224.0.0.0/4", "fe80::/10", "ff00::/8")
 """Link-local and multicast destinations: they never leave a link, so nobody translates back."""
 
 
-def ranges(nodes: Mapping[str, Node], me: str, extra: Sequence[str] = ()) -> NodeRanges:
-    """Return the pod ranges and where pods keep their own address: all pods, all nodes, `extra` CIDRs."""
+def ranges(
+    nodes: Mapping[str, Node],
+    me: str,
+    extra: Sequence[str] = (),
+    masquerade: Set[Family] = frozenset(Family),
+) -> NodeRanges:
+    """Return the pod ranges and where pods keep their own address: all pods, all nodes, `extra` CIDRs.
+
+    In a family that is not in `masquerade` pods keep it everywhere: the network outside must know the way
+    back. Service traffic is masqueraded all the same, where its replies would go astray without.
+    """
     accepted, _ = accepted_ranges(nodes, me)
     pod_cidrs = tuple(cidr for _, cidr in accepted)
     hosts = tuple(
@@ -24,6 +34,8 @@ def ranges(nodes: Mapping[str, Node], me: str, extra: Sequence[str] = ()) -> Nod
     )
     return NodeRanges(
         pod_cidrs=pod_cidrs,
-        local_pod_cidrs=tuple(cidr for name, cidr in accepted if name == me),
+        local_pod_cidrs=tuple(
+            cidr for name, cidr in accepted if name == me and Family(ip_network(cidr).version) in masquerade
+        ),
         no_masquerade=(*pod_cidrs, *hosts, *ALWAYS_KEPT, *extra),
     )

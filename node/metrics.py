@@ -36,8 +36,8 @@ class Metrics:
         )
         self.addresses = Gauge(
             "podwire_pod_addresses",
-            "Pod addresses of a podCIDR: how many there are, and how many are taken",
-            ("cidr", "kind"),
+            "Pod addresses of a podCIDR or pool: how many there are, and what became of them",
+            ("range", "family", "kind"),
             registry=self._registry,
         )
         self.pods = Gauge("podwire_pods", "Pod attachments in the ledger", registry=self._registry)

@@ -13,11 +13,18 @@ from proxy.model import Node
 Network = IPv4Network | IPv6Network
 
 
+class Gateway(NamedTuple):
+    """A router, and the interface (index) it is on, without which a link-local address says nothing."""
+
+    address: str
+    oif: int | None = None
+
+
 class Underlay(NamedTuple):
     """How this node is connected: the subnets it is on, and its default gateway by IP version."""
 
     subnets: tuple[Network, ...] = ()
-    gateways: Mapping[int, str] = {}
+    gateways: Mapping[int, Gateway] = {}
 
 
 class NodeRoute(NamedTuple):
@@ -45,7 +52,7 @@ def plan(
             continue
         via = _next_hop(nodes[name], ip_network(cidr).version, underlay)
         if via:
-            routes.append(NodeRoute(Route(cidr, gateway=via), name))
+            routes.append(NodeRoute(Route(cidr, gateway=via.address, oif=via.oif), name))
         else:
             problems.append(f"node {name}: no way to its pods in {cidr}: {_obstacle(nodes[name], cidr)}")
     return tuple(routes), (*conflicts, *problems)
@@ -84,10 +91,10 @@ def _obstacle(node: Node, cidr: str) -> str:
     return f"{far[0]} is on no subnet of ours, and there is no default route"
 
 
-def _next_hop(node: Node, version: int, underlay: Underlay) -> str | None:
+def _next_hop(node: Node, version: int, underlay: Underlay) -> Gateway | None:
     for text in node.addresses:
         address = ip_address(text)
         if address.version == version:
             on_link = any(address in s for s in underlay.subnets if s.version == version)
-            return text if on_link else underlay.gateways.get(version)
+            return Gateway(text) if on_link else underlay.gateways.get(version)
     return None

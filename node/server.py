@@ -116,7 +116,7 @@ class InspectService(rpc.InspectServicer):
             mode=self._config.mode.value,
             dataplane=Dataplane.name,
             pod_cidrs=status.pod_cidrs,
-            ready=self._ready() and bool(status.pod_cidrs),
+            ready=self._ready() and status.ready,
             last_sync=status.last_sync,
             services=status.services,
             frontends=len(self._syncer.table),

@@ -6,14 +6,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
 from typing import Self
 
 from msgspec import structs
-from netaddr import IPNetwork
+from netaddr import IPNetwork, iprange_to_cidrs
 
-from cni.wiring import Mode, NodeSettings, ensure_bridge
+from cni import flat
+from cni.settings import Mode, NodeSettings
+from cni.wiring import ensure_bridge
 from ipam.ledger import Ledger
+from ipam.pools import IpamConfig
+from ipam.ranges import address_of
 from netlink.family import Family
 from netlink.nftables.batch import Nft
 from netlink.rtnl import Rtnl
@@ -22,11 +27,13 @@ from node.routes import NodeRoute, plan
 from node.store import Pending
 from proxy.frontends import Frontend, frontends
 from proxy.model import EMPTY, Node, ObjectName, Snapshot
-from proxy.nftables.dataplane import Dataplane
+from proxy.nftables.dataplane import Dataplane, NodeRanges
 from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
 
 log = logging.getLogger("podwire.sync")
+
+IPV6_MTU = 1280
 
 RETRY_SECONDS, COMPARE_SECONDS = 5.0, 30.0
 """How often the kernel is compared with what it should hold: while something of it could not be had, and
@@ -35,19 +42,26 @@ otherwise. Others flush rulesets, links go down and come up, default routes appe
 
 @dataclass(frozen=True, slots=True)
 class SyncConfig:
-    """What the syncer is told once."""
+    """What the syncer is told once. `uplink` is the interface of flat mode; "" is the one that leads out."""
 
     node: str
     mode: Mode
     mtu: int | None = None
     no_masquerade: tuple[str, ...] = ()
+    masquerade: frozenset[Family] = frozenset(Family)
+    ipam: IpamConfig = field(default_factory=IpamConfig)
+    uplink: str = ""
 
 
 @dataclass(slots=True)
 class Status:
-    """What the daemon shows of its last sync. `last_sync` is seconds since the epoch; 0 = never."""
+    """What the daemon shows of its last sync. `last_sync` is seconds since the epoch; 0 = never.
+
+    `ready` says that pods can be given addresses.
+    """
 
     last_sync: float = 0.0
+    ready: bool = False
     pod_cidrs: tuple[str, ...] = ()
     services: int = 0
     routes: tuple[NodeRoute, ...] = ()
@@ -101,7 +115,7 @@ class Syncer:
         loaded, self._loaded = self._loaded, False
         if not loaded or pending.nodes:
             self._sync_node(snapshot)
-        if loaded and self._families() <= self._dataplanes.keys() and (not pending.nodes or self._intact()):
+        if loaded and self._families() <= self._dataplanes.keys() and (not pending.nodes or self.intact()):
             self._apply(changes, pending.nodes)
         else:
             self._load()
@@ -113,6 +127,10 @@ class Syncer:
         wait = RETRY_SECONDS if self._incomplete else COMPARE_SECONDS
         if not self.status.last_sync or self._clock() - self.status.last_sync < wait:
             return None
+        return self.compare()
+
+    def compare(self) -> Pending:
+        """Return a change that compares the kernel with what it should hold."""
         return Pending(self._snapshot, frozenset(), nodes=True, since=time.monotonic())
 
     def _update_table(self, snapshot: Snapshot, services: Iterable[ObjectName]) -> list[Change]:
@@ -123,8 +141,8 @@ class Syncer:
             changes += self.table.replace(name, found)
         return changes
 
-    def _intact(self) -> bool:
-        """Whether nobody removed or emptied our tables."""
+    def intact(self) -> bool:
+        """Whether nobody removed or emptied the service proxy's tables."""
         for family, dataplane in self._dataplanes.items():
             if not dataplane.intact():
                 log.warning(
@@ -135,7 +153,7 @@ class Syncer:
 
     def _load(self) -> None:
         """Compare everything with the kernel and set what differs."""
-        ranges = masquerade.ranges(self._nodes, self._config.node, self._config.no_masquerade)
+        ranges = self._ranges()
         for family in self._families() - self._dataplanes.keys():
             self._dataplanes[family] = Dataplane(self._stack.enter_context(Nft(family, TABLE)))
         for family, dataplane in self._dataplanes.items():
@@ -143,14 +161,33 @@ class Syncer:
             how = "adopted what the kernel had" if adopted else "made a new table"
             log.info("%s service proxy: %s, %d elements", family.keyword, how, dataplane.elements)
 
+    def _ranges(self) -> NodeRanges:
+        """Return whose address is replaced on the way out; pools are pods of this node too.
+
+        Addresses of flat mode are the outside's own, so they are kept.
+        """
+        config = self._config
+        ranges = masquerade.ranges(self._nodes, config.node, config.no_masquerade, config.masquerade)
+        pools = pool_cidrs(config.ipam)
+        leaving = [
+            c
+            for c in pools
+            if config.mode is not Mode.FLAT and Family(ip_network(c).version) in config.masquerade
+        ]
+        return replace(
+            ranges,
+            pod_cidrs=(*ranges.pod_cidrs, *pools),
+            local_pod_cidrs=(*ranges.local_pod_cidrs, *leaving),
+            no_masquerade=(*ranges.no_masquerade, *pools),
+        )
+
     def _families(self) -> set[Family]:
-        """Return the IP families that this node serves: IPv4, and what its podCIDRs have."""
-        return {Family.V4} | {Family(IPNetwork(c).version) for c in self.status.pod_cidrs}
+        """Return the IP families that this node serves: IPv4, and what its pods' ranges have."""
+        ranges = (*self.status.pod_cidrs, *pool_cidrs(self._config.ipam))
+        return {Family.V4} | {Family(ip_network(c).version) for c in ranges}
 
     def _apply(self, changes: list[Change], nodes_changed: bool) -> None:
-        ranges = None
-        if nodes_changed:
-            ranges = masquerade.ranges(self._nodes, self._config.node, self._config.no_masquerade)
+        ranges = self._ranges() if nodes_changed else None
         for family, dataplane in self._dataplanes.items():
             own = [c for c in changes if _family(c) is family]
             if own or ranges:
@@ -172,17 +209,33 @@ class Syncer:
         node = self._nodes.get(me)
         cidrs = tuple(IPNetwork(c) for c in node.pod_cidrs) if node else ()
         found = [*missing, *problems, *refused]
-        if cidrs:
-            mtu = self._config.mtu or underlay.egress_mtu(self._rtnl)
-            settings = NodeSettings(self._config.mode, mtu, cidrs).to_mapping()
-            if settings != self._ledger.settings():
-                self._ledger.save_settings(settings)
-            if self._config.mode is Mode.BRIDGE:
-                found += ensure_bridge(cidrs)
+        self.status.ready = bool(cidrs) or self._config.mode is Mode.FLAT
+        if self.status.ready:
+            found += self._settle(cidrs)
         self._node_problems = tuple(found)
         self.status.routes = routes
         self.status.pod_cidrs = tuple(map(str, cidrs))
         self.status.node_deleting = bool(node and node.deleting)
+
+    def _settle(self, cidrs: tuple[IPNetwork, ...]) -> list[str]:
+        """Set what the CNI plugin works by; return what is wrong, in sentences."""
+        config = self._config
+        mtu = config.mtu or underlay.egress_mtu(self._rtnl)
+        found = []
+        if mtu < IPV6_MTU and Family.V6 in self._families():
+            found.append(f"MTU {mtu} is too small for IPv6: pods get {IPV6_MTU} (RFC 8200)")
+            mtu = IPV6_MTU
+        uplink = config.uplink or underlay.egress_name(self._rtnl) if config.mode is Mode.FLAT else ""
+        settings = NodeSettings(config.mode, mtu, cidrs, config.ipam, uplink)
+        if settings.to_mapping() != self._ledger.settings():
+            self._ledger.save_settings(settings.to_mapping())
+        if config.mode is Mode.BRIDGE:
+            return found + ensure_bridge(cidrs)
+        try:
+            flat.sync(settings, self._ledger.attachments())
+        except flat.NoUplink as error:
+            found.append(str(error))
+        return found
 
     def _with_own_range(self, nodes: Mapping[str, Node]) -> tuple[Mapping[str, Node], list[str]]:
         """Return the nodes, ours with its last known podCIDRs if it has none now, and a sentence then.
@@ -191,10 +244,10 @@ class Syncer:
         """
         me = self._config.node
         node = nodes.get(me, Node(me))
-        if node.pod_cidrs:
+        if node.pod_cidrs or self._config.mode is Mode.FLAT:
             return nodes, []
         last = NodeSettings.from_mapping(self._ledger.settings())
-        if last is None:
+        if last is None or not last.pod_cidrs:
             return nodes, [f"node {me} has no podCIDR yet: pods cannot be added"]
         cidrs = tuple(map(str, last.pod_cidrs))
         kept = structs.replace(node, pod_cidrs=cidrs)
@@ -210,6 +263,16 @@ class Syncer:
             if problem not in self.status.problems:
                 log.warning("%s", problem)
         self.status.problems = problems
+
+
+def pool_cidrs(config: IpamConfig) -> tuple[str, ...]:
+    """Return what the named pools have, as CIDRs."""
+    spans = (
+        iprange_to_cidrs(address_of(part.version, part.first), address_of(part.version, part.last))
+        for pool in config.pools
+        for part in pool.ranges
+    )
+    return tuple(str(cidr) for span in spans for cidr in span)
 
 
 def _family(change: Change) -> Family:

@@ -2,59 +2,97 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from netlink.errors import NetlinkError
 from netlink.requests import ROUTE_PROTOCOL, Route, route_delete, route_replace
 from netlink.rtnl import Rtnl
-from node.routes import Underlay
+from node.routes import Gateway, Underlay
 
-FORWARDING = (Path("/proc/sys/net/ipv4/ip_forward"), Path("/proc/sys/net/ipv6/conf/all/forwarding"))
+log = logging.getLogger("podwire.underlay")
+
+FORWARDING_V6 = Path("/proc/sys/net/ipv6/conf/all/forwarding")
+FORWARDING = (Path("/proc/sys/net/ipv4/ip_forward"), FORWARDING_V6)
+CONF_V6 = Path("/proc/sys/net/ipv6/conf")
+ACCEPT, ACCEPT_WHILE_FORWARDING = "1", "2"  # Documentation/networking/ip-sysctl: accept_ra
+ROUTER_ADVERTISEMENT = 9
+"""RTPROT_RA: a route that the kernel made from a router advertisement. Whoever handles these itself, as
+systemd-networkd does, uses the same number but has turned accept_ra off."""
+ANYWHERE = ("0.0.0.0/0", "::/0")
 DEFAULT_MTU = 1500
-OWN_INTERFACE = re.compile(r"pw[0-9a-f]{12}|podwire0|lo")
+OWN_INTERFACE = re.compile(r"pwpod[0-9a-f]{10}|podwire0|lo")
 
 
 def forward_packets() -> list[str]:
-    """Let the kernel forward packets; return a sentence for each family where it cannot be set."""
+    """Let the kernel forward packets; return a sentence for each family where it cannot be set.
+
+    A host that forwards IPv6 ignores router advertisements and drops the default route that it has from one,
+    unless the interface is told otherwise before: so that is done first, where such a route is.
+    """
     problems = []
     for path in FORWARDING:
         if not path.exists() or path.read_text().strip() == "1":
             continue
         try:
+            if path == FORWARDING_V6:
+                _keep_advertised_routes()
             path.write_text("1")
         except OSError as error:
             problems.append(f"{path} cannot be set to 1: {error.strerror}; pods will not reach other nodes")
     return problems
 
 
+def _keep_advertised_routes() -> None:
+    """Set accept_ra to 2 on interfaces that have routes from router advertisements, and on those only.
+
+    On any other it would let whoever is behind it, a container say, steer this node (CVE-2020-13401).
+    """
+    with Rtnl() as rtnl:
+        advertised = {route.oif for route in rtnl.routes(ROUTER_ADVERTISEMENT)}
+        names = [link.name for link in rtnl.links() if link.index in advertised]
+    for name in names:
+        path = CONF_V6 / name / "accept_ra"
+        if not OWN_INTERFACE.fullmatch(name) and path.read_text().strip() == ACCEPT:
+            path.write_text(ACCEPT_WHILE_FORWARDING)
+            log.info("%s set to 2: router advertisements count there while this node forwards", path)
+
+
 def observe(rtnl: Rtnl) -> Underlay:
-    """Return the subnets that this node is on, and its default gateways."""
-    names = {link.index: link.name for link in rtnl.links()}
-    subnets = tuple(
-        ip_interface(a.cidr).network
-        for a in rtnl.addresses()
-        if not OWN_INTERFACE.fullmatch(names.get(a.index, ""))
-    )
-    gateways = {
-        6 if ":" in route.gateway else 4: route.gateway
-        for route in reversed(rtnl.routes())  # the kernel lists the preferred one first; here the last counts
-        if route.gateway and route.destination in ("0.0.0.0/0", "::/0")
+    """Return the subnets that this node is on, and its default gateways.
+
+    The routes say what a node is on, not the prefix lengths of its addresses: one from DHCPv6 is a /128,
+    and its subnet is known by router advertisement.
+    """
+    own = {link.index for link in rtnl.links() if OWN_INTERFACE.fullmatch(link.name)}
+    routes = [route for route in rtnl.routes() if route.oif is not None and route.oif not in own]
+    subnets = (ip_network(r.destination) for r in routes if not r.gateway and r.destination not in ANYWHERE)
+    gateways: dict[int, Gateway] = {
+        ip_address(route.gateway).version: Gateway(route.gateway, _zone(route))
+        for route in reversed(routes)  # the kernel lists the preferred one first; here the last counts
+        if route.gateway and route.destination in ANYWHERE
     }
-    return Underlay(subnets, gateways)
+    return Underlay(tuple(dict.fromkeys(subnets)), gateways)
 
 
 def egress_mtu(rtnl: Rtnl) -> int:
     """Return the MTU of the interface that leads out (bytes), or Ethernet's where there is none."""
-    default = next((r for r in rtnl.routes() if r.destination in ("0.0.0.0/0", "::/0")), None)
+    default = next((r for r in rtnl.routes() if r.destination in ANYWHERE), None)
     links = {link.index: link for link in rtnl.links()}
     if default and default.oif in links:
         return links[default.oif].mtu
     physical = [k.mtu for k in links.values() if not OWN_INTERFACE.fullmatch(k.name)]
     return min(physical, default=DEFAULT_MTU)
+
+
+def egress_name(rtnl: Rtnl) -> str:
+    """Return the name of the interface that leads out, or nothing where there is no default route."""
+    default = next((r for r in rtnl.routes() if r.destination in ANYWHERE), None)
+    return next((link.name for link in rtnl.links() if default and link.index == default.oif), "")
 
 
 def sync_routes(rtnl: Rtnl, wanted: Iterable[Route]) -> tuple[int, list[str]]:
@@ -68,7 +106,7 @@ def sync_routes(rtnl: Rtnl, wanted: Iterable[Route]) -> tuple[int, list[str]]:
     ours = (r for r in present if r.protocol == ROUTE_PROTOCOL)
     there = {_key(r): r for r in ours if r.gateway or _unreachable(r)}
     foreign = {r.destination: r.protocol for r in present if r.protocol != ROUTE_PROTOCOL}
-    for destination, _ in there:
+    for destination, *_ in there:
         foreign.pop(destination, None)
     here = {_key(r): r for r in wanted}
     taken = [r for r in here.values() if r.destination in foreign]
@@ -105,8 +143,13 @@ def _sentence(route: Route) -> str:
     return f"no route to {route.destination}" + (f" via {route.gateway}" if route.gateway else "")
 
 
-def _key(route: Route) -> tuple[str, str | None]:
-    return route.destination, route.gateway
+def _key(route: Route) -> tuple[str, str | None, int | None]:
+    return route.destination, route.gateway, _zone(route)
+
+
+def _zone(route: Route) -> int | None:
+    """Return the interface that a link-local gateway is on; for any other the kernel finds it itself."""
+    return route.oif if route.gateway and ip_address(route.gateway).is_link_local else None
 
 
 def _unreachable(route: Route) -> bool:
@@ -115,7 +158,7 @@ def _unreachable(route: Route) -> bool:
 
 def _forget(rtnl: Rtnl, route: Route) -> None:
     try:
-        rtnl.commit(route_delete(Route(route.destination, route.gateway)))
+        rtnl.commit(route_delete(Route(route.destination, route.gateway, _zone(route))))
     except NetlinkError as error:
         if not error.gone:
             raise

@@ -12,7 +12,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from socketserver import TCPServer
+
+IPV6 = Path("/proc/net/if_inet6")
+"""What only a kernel with IPv6 has."""
 
 Page = Callable[[], tuple[int, str, bytes]]
 """Returns status, content type and body."""
@@ -43,7 +47,12 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
 
     def server_bind(self) -> None:
-        """Listen without asking DNS for a name: it may be this node's services that DNS waits for."""
+        """Listen without asking DNS for a name: it may be this node's services that DNS waits for.
+
+        `[::]` is every address of both families, whatever net.ipv6.bindv6only says.
+        """
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         TCPServer.server_bind(self)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -70,6 +79,8 @@ def serving(address: str, pages: Mapping[str, Page]) -> Iterator[None]:
         yield
         return
     host, _, port = address.rpartition(":")
+    if host == "[::]" and not IPV6.exists():
+        host = "0.0.0.0"
     handler = type("Handler", (_Handler,), {"pages": pages})
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     kind = type("Server", (_Server,), {"address_family": family})

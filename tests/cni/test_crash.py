@@ -1,4 +1,4 @@
-"""kill -9 of the plugin binary and of the daemon at every step: no address is leaked or given twice."""
+"""kill -9 of the plugin binary and of the daemon at every step: no address, host port or rule is leaked."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cni.install import install_binary
+from cni.plugin import Plugin, ledger_of
 from netlink import netns
 from tests.cni.faulty import SOCKET
 from tests.cni.world import Node, assert_consistent, stdin
 
 ROOT = Path(__file__).parents[2]
-ADD_STEPS = ("reserved", "link made", "host configured", "pod configured", "committed")
-DEL_STEPS = ("released", "link removed", "forgotten")
+ADD_STEPS = ("reserved", "rules set", "link made", "host configured", "pod configured", "committed")
+DEL_STEPS = ("released", "rules removed", "link removed", "forgotten")
+PORTS = [{"hostPort": 8080, "containerPort": 80, "protocol": protocol} for protocol in ("tcp", "udp")]
+LIMITS = {"ingressRate": 10**8, "ingressBurst": 10**7, "egressRate": 10**8, "egressBurst": 10**7}
+
+
+def config_of(container: str) -> bytes:
+    """Return the configuration of an execution: the container that suffers has all that leaves traces."""
+    wishes = {"portMappings": PORTS, "bandwidth": LIMITS} if container == "c1" else {}
+    return stdin(runtimeConfig=wishes)
 
 
 class Crashing(Node):
@@ -35,8 +45,13 @@ class Crashing(Node):
 
     def run(self, command: list[str], env: dict[str, str]) -> tuple[int, bytes, bytes]:
         with self.start(command, env) as process:
-            out, err = process.communicate(stdin(), timeout=20)
+            out, err = process.communicate(config_of(env["CNI_CONTAINERID"]), timeout=20)
         return process.returncode, out, err
+
+    def cni(self, command: str, container: str) -> tuple[int, dict[str, Any]]:
+        with ledger_of(self.state_dir) as ledger:
+            plugin = Plugin(ledger, self.state_dir)
+            return self.handle(plugin, self.env(command, container), config_of(container))
 
     def binary(self) -> str:
         return str(self.state_dir / "bin/podwire")
@@ -209,5 +224,5 @@ def kill_midway(node: Crashing, command: str) -> None:
 def hand_over(process: subprocess.Popen[bytes]) -> None:
     """Give a binary its configuration, without waiting for it to end."""
     assert process.stdin
-    process.stdin.write(stdin())
+    process.stdin.write(config_of("c1"))
     process.stdin.close()

@@ -1,66 +1,34 @@
 """The plugin on a real ledger, wiring real namespaces."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from netaddr import IPNetwork
 
 from cni import spec, wiring
-from cni.plugin import Plugin, in_process, ledger_of
+from cni.plugin import in_process
 from cni.reaper import Reaper
-from cni.wiring import NodeSettings
 from ipam.ledger import Attachment, Exhausted, Key, Ledger, State
 from netlink import netns
 from netlink.errors import NetlinkError
 from netlink.requests import link_delete
-from tests.cni.world import BRIDGED, CIDRS, ROUTED, Node, assert_consistent, commit, request_env, stdin
-
-SMALL = replace(ROUTED, pod_cidrs=(IPNetwork("10.1.0.0/29"),))  # room for five pods
-
-
-class Runtime:
-    """A node, its ledger and a plugin, as a runtime sees them."""
-
-    def __init__(self, node: Node, ledger: Ledger) -> None:
-        self.node, self.ledger = node, ledger
-        self.plugin = Plugin(ledger, node.state_dir)
-
-    def configure(self, settings: NodeSettings) -> None:
-        self.ledger.save_settings(settings.to_mapping())
-
-    def call(self, command: str, container: str = "c1", **config: Any) -> tuple[int, dict[str, Any]]:
-        return self.node.handle(self.plugin, self.node.env(command, container), stdin(**config))
-
-    def add(self, container: str = "c1") -> dict[str, Any]:
-        code, result = self.call("ADD", container)
-        assert code == 0, result
-        return result
-
-    def address(self, container: str) -> str:
-        """Add a pod and return its IPv4 address."""
-        return str(self.add(container)["ips"][0]["address"]).split("/")[0]
-
-    def delete(self, container: str = "c1") -> None:
-        assert self.call("DEL", container) == (0, {})
-
-    def refused(self, command: str, container: str = "c1", **config: Any) -> tuple[int, str]:
-        """Let a request fail; return code and sentence."""
-        code, error = self.call(command, container, **config)
-        assert code == 1
-        assert error["cniVersion"] == "1.1.0"
-        return error["code"], error["msg"]
-
-
-@pytest.fixture
-def runtime(namespaces: Callable[[], str], tmp_path: Path) -> Iterator[Runtime]:
-    node = Node(namespaces, tmp_path)
-    with ledger_of(tmp_path) as ledger:
-        yield Runtime(node, ledger)
+from tests.cni.world import (
+    BRIDGED,
+    CIDRS,
+    ROUTED,
+    SMALL,
+    Node,
+    Runtime,
+    assert_consistent,
+    commit,
+    reconcile,
+    request_env,
+    stdin,
+)
 
 
 def test_add_answers_with_both_interfaces_addresses_and_routes(runtime: Runtime) -> None:
@@ -174,6 +142,7 @@ def test_del_after_a_failed_add_succeeds(runtime: Runtime) -> None:
 def test_del_removes_a_link_that_the_ledger_lost(runtime: Runtime) -> None:
     runtime.add()
     runtime.ledger.forget(Key("c1", "eth0"))
+    assert netns.run(runtime.node.namespace, reconcile, runtime.ledger) == 2  # as the daemon does
     runtime.delete()
     assert_consistent(runtime.node, set())
 

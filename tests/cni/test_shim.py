@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from api import podwire_pb2 as pb
 from api import podwire_pb2_grpc as rpc
-from cni import install, plugin, shim
+from cni import install, plugin, shim, spec
 from cni.h2 import ACK, PING, ShimError, encode_frame
 
 Answer = Callable[[pb.CniRequest, grpc.ServicerContext], pb.CniReply]
@@ -341,6 +341,62 @@ def test_the_way_to_the_daemon_imports_nothing_that_is_not_built_in(node: Node) 
         done = node.execute(ENVIRON, options=["-X", "importtime"])
     assert done.stdout == b"answer"
     assert imported(done) - before == {"_socket", "cni", "cni.h2", "cni.shim"}
+
+
+def test_version_costs_one_start_of_the_interpreter_and_asks_nobody(node: Node) -> None:
+    bare = [install.base_python(), "-IS", "-X", "importtime", "-c", "pass"]
+    before = imported(subprocess.run(bare, capture_output=True, check=True))
+    with serving(node.socket, fixed(0, b"answer")) as (daemon, _):
+        env = {b"CNI_COMMAND": b"VERSION"}
+        done = node.execute(env, b'{"cniVersion": "1.1.0"}', options=["-X", "importtime"])
+    assert json.loads(done.stdout)["cniVersion"] == "1.1.0"
+    assert imported(done) - before == {"_socket", "cni", "cni.h2", "cni.shim"}
+    assert daemon.calls == []
+
+
+def full_answer(stdin: bytes) -> bytes:
+    """Return what the full parser answers to VERSION."""
+    return spec.version_json(spec.parse_request({"CNI_COMMAND": "VERSION"}, stdin).config.cni_version)
+
+
+@pytest.mark.parametrize("version", [*spec.SUPPORTED_VERSIONS, "0.1.0", "9.9.9"])
+@pytest.mark.parametrize("form", ['{"cniVersion":"%s"}', ' {\t"cniVersion" : "%s"\r\n}\n'])
+def test_the_short_answer_to_version_is_the_full_one_word_for_word(form: str, version: str) -> None:
+    stdin = (form % version).encode()
+    assert shim.run({b"CNI_COMMAND": b"VERSION"}, stdin, "", "") == (0, full_answer(stdin))
+
+
+ODD = [
+    b"",
+    b"{}",
+    b'{"cniVersion": ""}',
+    b'{"cniVersion": "1.0.0"',
+    b'{"cniVersion": "1.0.0", "name": "podwire"}',
+    b'{"cniVersion": "1.0.0\\n"}',
+    b'{"cniVersion": "1.0.0"} {}',
+    b'{"cniVersion": 1}',
+    b'{"cniversion": "1.0.0"}',
+    b'[{"cniVersion": "1.0.0"}]',
+    b'{"cniVersion":"}',
+    b"{:}",
+    b"{",
+]
+
+
+@pytest.mark.parametrize("stdin", ODD)
+def test_what_is_written_in_another_way_is_left_to_the_full_parser(node: Node, stdin: bytes) -> None:
+    assert node.run(b"VERSION", stdin) == (7, b"in process")
+
+
+pieces = st.sampled_from(
+    [b"{", b"}", b'"', b":", b" ", b"\x0b", b'"cniVersion"', b'"1.0.0"', b"1.0", b",", b"\\u0031"]
+)
+
+
+@given(st.one_of(st.binary(max_size=30), st.lists(pieces, max_size=9).map(b"".join)))
+def test_the_short_answer_never_differs_from_the_full_one(stdin: bytes) -> None:
+    if version := shim.plain_version(stdin):
+        assert shim.VERSION_JSON % version == full_answer(stdin)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)

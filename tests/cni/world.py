@@ -11,18 +11,22 @@ from typing import Any
 
 from netaddr import IPNetwork
 
-from cni.plugin import Plugin, ledger_of
+from cni.plugin import Plugin, ledger_of, rules_for
 from cni.reaper import Reaper
-from cni.wiring import Mode, NodeSettings
-from ipam.ledger import State
+from cni.settings import Mode, NodeSettings
+from cni.wiring import HOST_PREFIX
+from ipam.ledger import Ledger, State
+from ipam.pools import IpamConfig
 from netlink import netns
 from netlink.decode import Link
 from netlink.requests import IFF_UP, ROUTE_PROTOCOL, RTM_NEWLINK, Request, address_add
 from netlink.rtnl import Rtnl
 
 CIDRS = (IPNetwork("10.1.0.0/24"), IPNetwork("fd00:1::/64"))
-ROUTED = NodeSettings(Mode.ROUTED, 1400, CIDRS)
-BRIDGED = NodeSettings(Mode.BRIDGE, 1400, CIDRS)
+AT_ONCE = IpamConfig(quarantine=0.0)  # an address that was freed may be given again at once
+ROUTED = NodeSettings(Mode.ROUTED, 1400, CIDRS, AT_ONCE)
+BRIDGED = NodeSettings(Mode.BRIDGE, 1400, CIDRS, AT_ONCE)
+SMALL = replace(ROUTED, pod_cidrs=(IPNetwork("10.1.0.0/29"),))  # room for five pods
 CONFIG = {"cniVersion": "1.1.0", "name": "podwire", "type": "podwire"}
 RTM_DELADDR = 21  # linux/rtnetlink.h; podwire itself never removes an address
 
@@ -52,6 +56,7 @@ class Node:
         if self.settings:
             with ledger_of(self.state_dir) as ledger:
                 ledger.save_settings(self.settings.to_mapping())
+                netns.run(self.namespace, reconcile, ledger)
 
     def env(self, command: str, container: str, **more: str) -> dict[str, str]:
         """Return the environment of an execution for a container, whose namespace is made if need be."""
@@ -77,12 +82,13 @@ class Node:
         def start_and_stop() -> None:
             with ledger_of(self.state_dir) as ledger, Reaper(ledger, self.state_dir) as reaper:
                 reaper.recover()
+                reconcile(ledger)
 
         netns.run(self.namespace, start_and_stop)
 
     def host_links(self) -> set[str]:
         """Return the names of the pods' interfaces on the node."""
-        return {link.name for link in netns.run(self.namespace, links) if link.name.startswith("pw")}
+        return {link.name for link in netns.run(self.namespace, links) if link.name.startswith(HOST_PREFIX)}
 
     def host_routes(self) -> list[str]:
         """Return the destinations of the node's routes that are ours."""
@@ -94,20 +100,58 @@ class Node:
         return sorted(a for a in found if not a.startswith("fe80:") and a not in ("127.0.0.1", "::1"))
 
 
+class Runtime:
+    """A node, its ledger and a plugin, as a runtime sees them."""
+
+    def __init__(self, node: Node, ledger: Ledger) -> None:
+        self.node, self.ledger = node, ledger
+        self.plugin = Plugin(ledger, node.state_dir)
+
+    def configure(self, settings: NodeSettings) -> None:
+        self.ledger.save_settings(settings.to_mapping())
+
+    def call(self, command: str, container: str = "c1", **config: Any) -> tuple[int, dict[str, Any]]:
+        return self.node.handle(self.plugin, self.node.env(command, container), stdin(**config))
+
+    def add(self, container: str = "c1", **config: Any) -> dict[str, Any]:
+        code, result = self.call("ADD", container, **config)
+        assert code == 0, result
+        return result
+
+    def address(self, container: str, **config: Any) -> str:
+        """Add a pod and return its first address."""
+        return str(self.add(container, **config)["ips"][0]["address"]).split("/")[0]
+
+    def delete(self, container: str = "c1") -> None:
+        assert self.call("DEL", container) == (0, {})
+
+    def refused(self, command: str, container: str = "c1", **config: Any) -> tuple[int, str]:
+        """Let a request fail; return code and sentence."""
+        code, error = self.call(command, container, **config)
+        assert code == 1
+        assert error["cniVersion"] == "1.1.0"
+        return error["code"], error["msg"]
+
+
 def assert_consistent(node: Node, expected: set[str] | None = None) -> None:
     """Ledger and kernel agree, no address is doubled and none is leaked; given, these are the containers."""
     with ledger_of(node.state_dir) as ledger:
         rows = ledger.attachments()
-        usage = ledger.usage(CIDRS)
+        assert netns.run(node.namespace, reconcile, ledger) == 0
     assert {row.state for row in rows} <= {State.ATTACHED}
     held = sorted(str(address) for row in rows for address in row.addresses)
     assert len(set(held)) == len(held)
-    assert [u.used for u in usage] == [sum(address in cidr for address in held) for cidr in CIDRS]
     assert node.host_links() == {row.host_ifname for row in rows}
     assert node.pod_addresses() == held
     assert node.host_routes() == sorted(f"{a}/{128 if ':' in a else 32}" for a in held)
     if expected is not None:
         assert {row.key.container_id for row in rows} == expected
+
+
+def reconcile(ledger: Ledger) -> int:
+    """Set the nftables tables of pods right; return how much had to be changed."""
+    with rules_for(ledger) as rules:
+        return rules.reconcile()
 
 
 def links() -> tuple[Link, ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from netaddr import IPAddress, IPNetwork
 
+from ipam import ledger as ledger_module
 from ipam.ledger import (
     AlreadyAttached,
     Attachment,
@@ -19,6 +20,7 @@ from ipam.ledger import (
     StillReleasing,
     read_boot_id,
 )
+from ipam.pools import IpamConfig, Wish, demands, groups
 from ipam.ranges import parse_pod_cidrs
 
 CIDRS = parse_pod_cidrs(["10.1.0.0/29", "fd00:1::/64"])  # five IPv4 pods
@@ -40,8 +42,13 @@ def ledger(path: Path) -> Iterator[Ledger]:
 def reserve(
     ledger: Ledger, container: str = "c1", cidrs: tuple[IPNetwork, ...] = CIDRS, request: str = "r1"
 ) -> Attachment:
-    key = Key(container, "eth0")
-    return ledger.reserve(key, Claim("net", "/run/netns/a", "pw0", request), cidrs)
+    wanted = demands(IpamConfig(), cidrs, Wish())
+    return ledger.reserve(Key(container, "eth0"), Claim("net", "/run/netns/a", "pw0", request), wanted)
+
+
+def used(ledger: Ledger, cidrs: tuple[IPNetwork, ...] = CIDRS) -> list[tuple[int, int, int]]:
+    """Return capacity, used and releasing of each podCIDR."""
+    return [(u.capacity, u.used, u.releasing) for u in ledger.usage(groups(IpamConfig(), cidrs))]
 
 
 def fill(ledger: Ledger) -> list[Attachment]:
@@ -61,7 +68,7 @@ def test_an_attachment_lives_from_reserve_to_forget(ledger: Ledger) -> None:
         "r1",
         "",
         "boot-1",
-        1.0,
+        2.0,
     )
     attached = ledger.commit(KEY, '{"ips": []}')
     assert (attached.state, attached.result, attached.addresses) == (
@@ -92,7 +99,16 @@ def test_a_second_try_after_the_podcidr_changed_gets_new_addresses(ledger: Ledge
     reserve(ledger)
     moved = parse_pod_cidrs(["10.2.0.0/29"])
     assert reserve(ledger, cidrs=moved).addresses == (IPAddress("10.2.0.2"),)
-    assert [usage.used for usage in ledger.usage((*CIDRS, *moved))] == [0, 0, 1]
+    assert [n for _, n, _ in used(ledger, (*CIDRS, *moved))] == [0, 0, 1]
+
+
+def test_a_second_try_keeps_the_addresses_that_it_still_may_have(ledger: Ledger) -> None:
+    """Else the only address of a range would be in quarantine for the pod that has it."""
+    reserve(ledger)
+    both = parse_pod_cidrs(["10.2.0.0/30", "fd00:1::/64"])
+    assert [str(a) for a in reserve(ledger, cidrs=both).addresses] == ["10.2.0.2", "fd00:1::2"]
+    only = parse_pod_cidrs(["10.2.0.0/30"])
+    assert [str(a) for a in reserve(ledger, cidrs=only).addresses] == ["10.2.0.2"]
 
 
 def test_an_attached_key_answers_with_its_attachment(ledger: Ledger) -> None:
@@ -128,14 +144,10 @@ def test_a_full_range_says_so_and_names_what_is_on_its_way_out(ledger: Ledger) -
     going = ledger.release(Key("c3", "eth0"))
     with pytest.raises(Exhausted) as caught:
         reserve(ledger, "c6")
-    assert (
-        str(caught.value) == "no free pod address in podCIDR 10.1.0.0/29 (5 addresses), "
-        "1 of them free as soon as their links are gone"
-    )
-    assert caught.value.releasing == (going,)
-    four, six = ledger.usage(CIDRS)
-    assert (four.capacity, four.used, four.releasing) == (5, 5, 1)
-    assert (six.used, six.releasing) == (5, 1), "the IPv6 address picked before IPv4 ran out is not kept"
+    assert str(caught.value) == "no free pod address in podCIDR 10.1.0.0/29 (5 addresses): 1 being released"
+    assert caught.value.releasing == (going,) and caught.value.retry_after is None
+    assert used(ledger)[0] == (5, 5, 1)
+    assert used(ledger)[1][1:] == (5, 1), "the IPv6 address picked before IPv4 ran out is not kept"
 
 
 def test_without_a_podcidr_no_pod_is_recorded(ledger: Ledger) -> None:
@@ -182,7 +194,7 @@ def test_a_ledger_of_a_newer_podwire_is_refused(ledger: Ledger, path: Path) -> N
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(LedgerError, match=r"ledger\.db has schema 99, this podwire knows up to 1"):
+    with pytest.raises(LedgerError, match=r"ledger\.db has schema 99, this podwire knows up to 2"):
         ledger.open()
 
 
@@ -225,6 +237,63 @@ def test_a_ledger_not_opened_says_so(path: Path) -> None:
     with pytest.raises(LedgerError, match="not open"):
         Ledger(path, boot_id="boot-1").get(KEY)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("pages", [ledger_module.EMERGENCY_PAGES, 1000])
+def test_an_add_never_waits_for_the_disk_of_a_checkpoint(path: Path, pages: int) -> None:
+    """Without somebody who calls `checkpoint`, SQLite's own bound stays."""
+    with Ledger(path, boot_id="boot-1", background_checkpoints=pages != 1000) as ledger:
+        assert ledger._db().execute("PRAGMA wal_autocheckpoint").fetchone() == (pages,)
+
+
+def fill_log(ledger: Ledger) -> None:
+    for number in range(ledger_module.CHECKPOINT_AFTER):
+        ledger.save_settings({"mode": f"{number}" * 2000})
+
+
+def test_a_checkpoint_begins_the_log_anew_once_it_is_worth_it(path: Path) -> None:
+    """An idle node's disk is left alone."""
+    with Ledger(path, boot_id="boot-1", background_checkpoints=True) as ledger:
+        log = path.with_name("ledger.db-wal")
+        assert not ledger.checkpoint(), "only the tables were made so far"
+        fill_log(ledger)
+        size = log.stat().st_size
+        before = log.read_bytes()[:32]
+        assert ledger.checkpoint() and not ledger.checkpoint()
+        assert log.read_bytes()[:32] != before, "the header is new: no ADD has to write it"
+        fill_log(ledger)
+        assert log.stat().st_size <= size + 50_000
+        assert ledger.settings()["mode"].startswith("99")
+
+
+def test_a_checkpoint_keeps_neither_readers_nor_writers_waiting(path: Path) -> None:
+    with Ledger(path, boot_id="boot-1", background_checkpoints=True) as ledger:
+        other = sqlite3.connect(path, isolation_level=None)
+        try:
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM setting").fetchone()  # a reader of this moment
+            fill_log(ledger)
+            assert not ledger.checkpoint(), "the reader needs what is in the log since"
+            assert other.execute("SELECT count(*) FROM setting").fetchone() == (0,)
+            other.execute("COMMIT")
+            fill_log(ledger)
+            other.execute("BEGIN IMMEDIATE")  # a writer at work
+            other.execute("DELETE FROM setting")
+            assert ledger.checkpoint()
+            other.execute("COMMIT")
+        finally:
+            other.close()
+        assert ledger.settings() == {}
+
+
+def test_a_checkpoint_that_fails_is_a_ledger_error(ledger: Ledger, path: Path) -> None:
+    fill_log(ledger)
+    path.rename(path.with_name("moved"))
+    path.mkdir()
+    with pytest.raises(LedgerError, match="cannot be used"):
+        ledger.checkpoint()
+    path.rmdir()
+    path.with_name("moved").rename(path)
 
 
 def test_the_boot_id_is_the_kernels() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lab import network, state
 from lab.state import Lab
-from lab.topology import Mode, plan
+from lab.topology import IpFamily, Mode, plan
 
 numbers = itertools.count()
 
@@ -21,7 +21,7 @@ def make_lab(tmp_path: Path) -> Iterator[Callable[[], Lab]]:
 
     def make() -> Lab:
         made.append(f"t{os.getpid()}x{next(numbers)}")
-        lab = Lab(plan(made[-1], 2, 0, Mode.ROUTED), state.directory(made[-1], root))
+        lab = Lab(plan(made[-1], 2, 0, Mode.ROUTED, IpFamily.DUAL), state.directory(made[-1], root))
         lab.manifests.mkdir(parents=True)
         network.build(lab.plan)
         state.save(lab)

@@ -57,12 +57,22 @@ def test_requests_sent_together_are_all_answered(port: int) -> None:
     assert received.count(b"200 OK") == 2
 
 
-def test_a_datagram_is_answered_with_the_address_it_came_from(port: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_datagram_is_answered_with_the_address_it_came_from(port: int, address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as client:
         client.settimeout(2)
-        client.connect(("127.0.0.1", port))
+        client.connect((address, port))
         client.send(b"?")
-        assert json.loads(client.recv(4096))["client_port"] == client.getsockname()[1]
+        fields = json.loads(client.recv(4096))
+        assert (fields["client_address"], fields["client_port"]) == client.getsockname()[:2]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_each_family_is_served_and_shown_as_it_is(port: int, address: str) -> None:
+    with socket.create_connection((address, port), 2) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert f'"client_address": "{address}"'.encode() in client.recv(4096)
 
 
 def test_a_taken_port_is_said_and_ends_the_server(port: int) -> None:

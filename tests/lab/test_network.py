@@ -1,12 +1,17 @@
+import itertools
+import os
 import subprocess
 from collections.abc import Callable
+from ipaddress import ip_interface
+from pathlib import Path
 
 import pytest
 
 from lab import network, probe, process, runtime, state
 from lab.state import Lab
-from lab.topology import LabError, plan
+from lab.topology import IpFamily, LabError, plan
 from netlink import netns
+from netlink.family import Family
 from netlink.rtnl import Rtnl
 
 
@@ -26,16 +31,43 @@ def serve(lab: Lab, host: str) -> None:
 def test_every_host_reaches_every_other_with_its_own_address(make_lab: Callable[[], Lab]) -> None:
     lab = make_lab()
     serve(lab, "node2")
-    for host in lab.plan.hosts:
+    for family, host in itertools.product(lab.plan.families, lab.plan.hosts):
         if host.name != "node2":
-            answer = probe.fetch(host.namespace, lab.plan.host("node2").address, 80)
-            assert answer == [probe.Answer("node2", host.address)]
+            answer = probe.fetch(host.namespace, lab.plan.host("node2").address(family), 80)
+            assert answer == [probe.Answer("node2", host.address(family))]
+
+
+def test_in_a_lab_of_one_family_no_interface_but_lo_has_an_address_of_the_other(tmp_path: Path) -> None:
+    six = plan(f"six{os.getpid()}", 1, 0, ip_family=IpFamily.IPV6)
+    try:
+        network.build(six)
+        for namespace in (six.router, *(host.namespace for host in six.hosts)):
+            assert {ip_interface(a).version for a in netns.run(namespace, addresses)} == {6}
+    finally:
+        network.remove(six.name, tmp_path)
+
+
+def addresses() -> list[str]:
+    """The addresses of this namespace, except those of its loopback interface."""
+    with Rtnl() as rtnl:
+        return [address.cidr for address in rtnl.addresses() if address.index != 1]
+
+
+def test_the_nodes_are_kubernetes_nodes_with_ranges_and_addresses_of_both_families() -> None:
+    (node,) = plan("x", 1, 0, ip_family=IpFamily.DUAL).nodes
+    found = network.node_object(node)
+    assert found["spec"] == {
+        "podCIDR": "10.244.1.0/24",
+        "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"],
+    }
+    internal = [a["address"] for a in found["status"]["addresses"] if a["type"] == "InternalIP"]
+    assert internal == ["192.168.50.11", "fd00:192:168:50::11"]
 
 
 def test_two_labs_run_at_once_and_do_not_meet(make_lab: Callable[[], Lab]) -> None:
     one, other = make_lab(), make_lab()
     serve(one, "internet")
-    target = one.plan.host("internet").address
+    target = one.plan.host("internet").address(Family.V4)
     assert isinstance(probe.fetch(one.plan.host("client").namespace, target, 80)[0], probe.Answer)
     assert probe.fetch(other.plan.host("client").namespace, target, 80) == [probe.Failure("refused")]
     network.remove(one.plan.name, one.root.parent)
@@ -94,6 +126,7 @@ def test_a_process_that_only_has_the_same_pid_is_left_alone(make_lab: Callable[[
 
 def test_packets_without_a_route_are_counted_at_the_router(make_lab: Callable[[], Lab]) -> None:
     lab = make_lab()
-    before = probe.unrouted(lab.plan.router)
-    probe.fetch(lab.plan.host("client").namespace, "10.96.0.1", 80)
-    assert probe.unrouted(lab.plan.router) > before
+    for family, address in ((Family.V4, "10.96.0.1"), (Family.V6, "fd00:10:96::1")):
+        before = probe.unrouted(lab.plan.router, family)
+        probe.fetch(lab.plan.host("client").namespace, address, 80, timeout=0.1)
+        assert probe.unrouted(lab.plan.router, family) > before

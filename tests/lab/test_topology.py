@@ -5,41 +5,82 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.topology import MAX_NODES, POD_CIDR, SERVICE_CIDR, LabError, Mode, Topology, plan
+from lab.topology import (
+    MAX_NODES,
+    POD_CIDRS,
+    SERVICE_CIDRS,
+    IpFamily,
+    LabError,
+    Mode,
+    Topology,
+    plan,
+)
+from netlink.family import Family
 
 sizes = st.integers(1, MAX_NODES).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1)))
 
 
+def dual(nodes: int, far: int) -> Topology:
+    return plan("x", nodes, far, ip_family=IpFamily.DUAL)
+
+
 @given(sizes)
 def test_no_two_things_share_a_name_or_an_address(size: tuple[int, int]) -> None:
-    lab = plan("x", *size)
-    addresses = [host.address for host in lab.hosts] + [node.second for node in lab.nodes]
-    addresses += [port.address.removesuffix("/24") for port in lab.router_ports]
+    lab = dual(*size)
+    addresses = [ip_interface(interface).ip for host in lab.hosts for interface in host.interfaces]
+    addresses += [ip_interface(address).ip for port in lab.router_ports for address in port.addresses]
     assert len(set(addresses)) == len(addresses)
     assert len({host.namespace for host in lab.hosts} | {lab.router}) == len(lab.hosts) + 1
 
 
 @given(sizes)
 def test_every_gateway_is_a_router_port_on_the_same_subnet(size: tuple[int, int]) -> None:
-    lab = plan("x", *size)
-    ports = {port.address for port in lab.router_ports}
+    lab = dual(*size)
+    ports = {ip_interface(address) for port in lab.router_ports for address in port.addresses}
     for host in lab.hosts:
-        assert f"{host.gateway}/24" in ports
-        assert ip_address(host.gateway) in ip_interface(host.interface).network
+        for family in lab.families:
+            (port,) = (port for port in ports if port.ip == ip_address(host.gateway(family)))
+            assert all(
+                ip_interface(interface).network == port.network
+                for interface in host.interfaces
+                if ip_interface(interface).version == family.value
+            )
 
 
 @given(sizes)
 def test_pod_ranges_are_apart_from_each_other_and_from_the_services(size: tuple[int, int]) -> None:
-    ranges = [ip_network(node.pod_cidr) for node in plan("x", *size).nodes]
+    ranges = [ip_network(cidr) for node in dual(*size).nodes for cidr in node.pod_cidrs]
     assert len(set(ranges)) == len(ranges)
-    assert all(r.subnet_of(ip_network(POD_CIDR)) for r in ranges)  # type: ignore[arg-type]
-    assert not ip_network(POD_CIDR).overlaps(ip_network(SERVICE_CIDR))
+    for family in Family:
+        pods, services = ip_network(POD_CIDRS[family]), ip_network(SERVICE_CIDRS[family])
+        assert not pods.overlaps(services)
+        assert all(r.subnet_of(pods) for r in ranges if r.version == family.value)  # type: ignore[arg-type]
+
+
+@given(sizes)
+def test_a_bridge_has_the_first_address_of_its_pod_range(size: tuple[int, int]) -> None:
+    for node in dual(*size).nodes:
+        for family, cidr in zip(Family, node.pod_cidrs, strict=True):
+            assert ip_address(node.pod_gateway(family)) == ip_network(cidr)[1]
+
+
+def test_a_lab_of_one_family_has_nothing_of_the_other() -> None:
+    for ip_family, family, other in (
+        (IpFamily.IPV4, Family.V4, Family.V6),
+        (IpFamily.IPV6, Family.V6, Family.V4),
+    ):
+        node = plan("x", ip_family=ip_family).nodes[0]
+        assert {ip_interface(i).version for i in (*node.interfaces, *node.pod_cidrs)} == {family.value}
+        with pytest.raises(LabError, match=f"node1 has no IPv{other.value} address"):
+            node.address(other)
 
 
 def test_the_last_of_three_nodes_is_across_the_router() -> None:
     lab = plan("x")
     assert [node.segment for node in lab.nodes] == ["lan0", "lan0", "lan1"]
-    assert [node.address for node in lab.nodes] == ["192.168.50.11", "192.168.50.12", "192.168.60.13"]
+    assert [node.address(Family.V4) for node in lab.nodes] == [
+        "192.168.50.11", "192.168.50.12", "192.168.60.13"
+    ]  # fmt: skip
     assert lab.far_nodes == 1
 
 
@@ -79,7 +120,7 @@ def test_an_unknown_place_is_answered_with_those_there_are() -> None:
 def test_a_saved_lab_is_loaded_as_it_was(tmp_path: Path) -> None:
     from lab import state
 
-    topology: Topology = plan("x", 5, 2, Mode.BRIDGE)
+    topology: Topology = plan("x", 5, 2, Mode.BRIDGE, IpFamily.IPV6)
     lab = state.Lab(topology, tmp_path / "x")
     state.save(lab)
     assert state.load("x", tmp_path) == lab

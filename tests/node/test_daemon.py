@@ -115,7 +115,7 @@ def our_routes(world: World) -> set[str]:
 def test_it_brings_services_and_routes_to_the_kernel(world: World) -> None:
     assert world.connect() == SERVERS[0]
     assert {line.strip() for line in our_routes(world)} == {
-        f"{POD} dev pwpod scope link",
+        f"{POD} dev pod0 scope link",
         "unreachable 10.244.1.0/24",
         f"10.244.2.0/24 via {PEER} dev eth0",
     }
@@ -143,7 +143,7 @@ def test_an_unknown_page(world: World) -> None:
 
 def test_metrics_tell_how_full_the_range_is(world: World) -> None:
     _, text = world.get(10249, "/metrics")
-    assert 'podwire_pod_addresses{cidr="10.244.1.0/24",kind="capacity"} 253.0' in text
+    assert 'podwire_pod_addresses{family="IPv4",kind="capacity",range="10.244.1.0/24"} 253.0' in text
 
 
 def test_metrics(world: World) -> None:

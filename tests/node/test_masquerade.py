@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from netlink.family import Family
 from node.masquerade import ALWAYS_KEPT, ranges
 from proxy.model import Node
 from proxy.nftables.dataplane import NodeRanges
@@ -25,6 +26,15 @@ def test_pods_and_nodes_are_exempt_and_so_is_what_the_user_names() -> None:
 
 def test_without_nodes_only_link_local_and_multicast_are_exempt() -> None:
     assert ranges({}, "node1") == NodeRanges(no_masquerade=ALWAYS_KEPT)
+
+
+def test_where_a_family_is_not_masqueraded_no_pod_of_this_node_is_and_nothing_else_changes() -> None:
+    both = ranges(NODES, "node1")
+    only_v4 = ranges(NODES, "node1", masquerade={Family.V4})
+    assert only_v4.local_pod_cidrs == ("10.244.1.0/24",)
+    assert ranges(NODES, "node1", masquerade={Family.V6}).local_pod_cidrs == ("fd00:1::/64",)
+    assert ranges(NODES, "node1", masquerade=frozenset()).local_pod_cidrs == ()
+    assert (only_v4.pod_cidrs, only_v4.no_masquerade) == (both.pod_cidrs, both.no_masquerade)
 
 
 def test_a_range_that_counts_for_nobody_is_not_exempt() -> None:

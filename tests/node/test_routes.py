@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netlink.requests import Route
-from node.routes import NodeRoute, Underlay, accepted_ranges, plan
+from node.routes import Gateway, NodeRoute, Underlay, accepted_ranges, plan
 from proxy.model import Node
 
 ME = Node("node1", ("10.244.1.0/24",), ("192.168.50.11",))
 NEAR = Node("node2", ("10.244.2.0/24",), ("192.168.50.12",))
 FAR = Node("node3", ("10.244.3.0/24",), ("192.168.60.13",))
-LAN = Underlay((ip_network("192.168.50.0/24"), ip_network("fd00:50::/64")), {4: "192.168.50.1"})
+LAN = Underlay((ip_network("192.168.50.0/24"), ip_network("fd00:50::/64")), {4: Gateway("192.168.50.1")})
 
 
 def planned(*nodes: Node, underlay: Underlay = LAN) -> tuple[list[NodeRoute], list[str]]:
@@ -47,6 +47,14 @@ def test_each_family_goes_its_own_way() -> None:
         Route("10.244.2.0/24", gateway="192.168.50.1"),
         Route("fd00:2::/64", gateway="fd00:50::12"),
     ]
+    assert problems == []
+
+
+def test_a_gateway_with_a_link_local_address_is_used_on_its_interface() -> None:
+    advertised = Underlay((ip_network("fd00:50::/64"),), {6: Gateway("fe80::1", 2)})
+    peer = Node("node2", ("fd00:2::/64",), ("fd00:60::12",))
+    routes, problems = planned(peer, underlay=advertised)
+    assert [r.route for r in routes] == [Route("fd00:2::/64", gateway="fe80::1", oif=2)]
     assert problems == []
 
 

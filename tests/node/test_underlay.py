@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import struct
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -24,12 +26,15 @@ from netlink.requests import (
 )
 from netlink.rtnl import Rtnl
 from node import underlay
+from node.routes import Gateway, plan
+from proxy.model import Node
+from tests.node.world import wait_until
 
 STATIC = 4
 NEAR = Route("10.244.2.0/24", gateway="192.168.50.12")
 FAR = Route("10.244.3.0/24", gateway="192.168.50.1")
 OWN = Route("10.244.1.0/24")
-POD_LINK = "pw0123456789ab"
+POD_LINK = "pwpod0123456789"
 
 
 @pytest.fixture
@@ -169,7 +174,7 @@ def test_the_node_sees_its_subnets_but_not_the_pods_and_its_preferred_gateway(no
             found = underlay.observe(rtnl)
         subnets = {s for s in found.subnets if not s.is_link_local}
         assert subnets == {ip_network("192.168.50.0/24"), ip_network("fd00:50::/64")}
-        assert found.gateways == {4: "192.168.50.1", 6: "fd00:50::1"}
+        assert found.gateways == {4: Gateway("192.168.50.1"), 6: Gateway("fd00:50::1")}
 
     netns.run(node, inside)
 
@@ -218,3 +223,125 @@ def test_where_forwarding_cannot_be_set_that_is_a_sentence(
     assert underlay.forward_packets() == [
         f"{file} cannot be set to 1: Read-only file system; pods will not reach other nodes"
     ]
+
+
+@pytest.fixture
+def advertised(namespaces: Callable[[], str]) -> tuple[str, str]:
+    """A node with eth0 and eth1 to a router; the names of the node's and the router's namespaces."""
+    node, router = namespaces(), namespaces()
+
+    def cables() -> None:
+        with Rtnl() as rtnl, netns.opened(router) as other:
+            for name in ("eth0", "eth1"):
+                rtnl.commit(veth_add(Veth(name, name, peer_netns=other)))
+
+    def up() -> None:
+        with Rtnl() as rtnl:
+            rtnl.commit(*(link_up(socket.if_nametoindex(name)) for name in ("lo", "eth0", "eth1")))
+
+    def usable() -> bool:
+        with Rtnl() as rtnl:
+            return any(a.cidr.startswith("fe80:") for a in rtnl.addresses(socket.if_nametoindex("eth0")))
+
+    for name in (node, router):
+        netns.run(name, Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text, "0")
+    netns.run(node, cables)
+    netns.run(router, up)
+    netns.run(node, up)
+    for name in (node, router):
+        wait_until(partial(netns.run, name, usable), "a link-local address")
+    return node, router
+
+
+def advertise(router: str, lifetime: int) -> None:
+    """Send a router advertisement on eth0 (RFC 4861, 4.2 and 4.6.2): a default route, and fd00:50::/64."""
+    head = struct.pack("!BBHBBHII", 134, 0, 0, 64, 0, lifetime, 0, 0)
+    on_link_and_for_addresses = 0xC0
+    prefix = struct.pack("!BBBBIII", 3, 4, 64, on_link_and_for_addresses, 3600, 1800, 0)
+    prefix += socket.inet_pton(socket.AF_INET6, "fd00:50::")
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as raw:
+            raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            raw.sendto(head + prefix, ("ff02::1", 0, 0, socket.if_nametoindex("eth0")))
+
+    netns.run(router, send)
+
+
+def observed(node: str) -> underlay.Underlay:
+    def inside() -> underlay.Underlay:
+        with Rtnl() as rtnl:
+            return underlay.observe(rtnl)
+
+    return netns.run(node, inside)
+
+
+def accept_ra(node: str) -> list[str]:
+    files = [Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra") for name in ("eth0", "eth1")]
+    return netns.run(node, lambda: [file.read_text().strip() for file in files])
+
+
+def test_a_default_route_from_a_router_advertisement_stays_when_forwarding_begins_and_is_kept_up(
+    advertised: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    node, router = advertised
+    advertise(router, 1800)
+    wait_until(lambda: 6 in observed(node).gateways, "the default route")
+    before = observed(node)
+    with caplog.at_level("INFO", "podwire.underlay"):
+        assert netns.run(node, underlay.forward_packets) == []
+    assert "conf/eth0/accept_ra set to 2" in caplog.text
+    assert accept_ra(node) == ["2", "1"], "only where such a route is: nobody else may steer the node"
+    assert observed(node) == before, "the kernel drops these routes unless told otherwise"
+    advertise(router, 0)
+    wait_until(lambda: 6 not in observed(node).gateways, "the router to be none any more")
+    advertise(router, 1800)
+    wait_until(lambda: 6 in observed(node).gateways, "the router to be back")
+
+
+def test_a_node_that_takes_no_router_advertisements_does_not_begin_to(advertised: tuple[str, str]) -> None:
+    node, _ = advertised
+    assert netns.run(node, underlay.forward_packets) == []
+    assert accept_ra(node) == ["1", "1"]
+
+
+def test_far_pods_are_reached_by_a_gateway_that_has_a_link_local_address_only(
+    advertised: tuple[str, str],
+) -> None:
+    node, router = advertised
+    advertise(router, 1800)
+    wait_until(lambda: 6 in observed(node).gateways, "the default route")
+    found = observed(node)
+    assert ip_network("fd00:50::/64") in found.subnets
+    peers = {
+        name: Node(name, (f"fd00:{number}::/64",), (address,))
+        for number, (name, address) in enumerate({"near": "fd00:50::12", "far": "fd00:60::13"}.items(), 2)
+    }
+    routes, problems = plan(peers, "node1", found)
+    assert problems == ()
+    assert {r.node: r.route.gateway for r in routes} == {
+        "near": "fd00:50::12", "far": found.gateways[6].address
+    }  # fmt: skip
+
+    def inside() -> None:
+        wanted = [r.route for r in routes]
+        assert sync(*wanted) == (2, [])
+        assert sync(*wanted) == (0, [])
+        assert sync() == (2, [])
+        assert ours() == {}
+
+    netns.run(node, inside)
+
+
+def test_an_address_of_a_host_is_on_the_subnet_that_a_route_names(node: str) -> None:
+    """DHCPv6 gives an address alone; which subnet it is on, the router advertises."""
+
+    def inside() -> None:
+        eth0 = socket.if_nametoindex("eth0")
+        with Rtnl() as rtnl:
+            rtnl.commit(address_add(eth0, "fd00:70::11/128"))
+            assert ip_network("fd00:70::/64") not in underlay.observe(rtnl).subnets
+            rtnl.commit(route_replace(Route("fd00:70::/64", oif=eth0, protocol=STATIC)))
+            assert ip_network("fd00:70::/64") in underlay.observe(rtnl).subnets
+
+    netns.run(node, inside)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cli.main import main
-from cni.wiring import Mode, PodAddress, PodLink, attach, mac_of
+from cni.settings import Mode
+from cni.wiring import PodAddress, PodLink, attach, mac_of
 from lab.probe import wait_status
 from netlink import netns
 from netlink.family import Family
@@ -79,12 +80,13 @@ def podwire(*words: str) -> tuple[int, str, str]:
 
 @dataclass(slots=True)
 class World:
-    """The namespaces, the folder, and the daemon while it runs."""
+    """The namespaces, the folder, and the daemon while it runs; `options` are given to each of its starts."""
 
     node: str
     pod: str
     peer: str
     root: Path
+    options: tuple[str, ...] = ()
     daemon: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
@@ -110,7 +112,7 @@ class World:
     def command(self, *options: str) -> list[str]:
         words = [sys.executable, "-m", "cli.main", "daemon", "--node-name", "node1"]
         words += ["--source", str(self.manifests), "--state-dir", str(self.root / "state")]
-        return [*words, "--socket", str(self.socket), *options]
+        return [*words, "--socket", str(self.socket), *self.options, *options]
 
     def start(self) -> None:
         """Start the daemon and wait until it is healthy."""
@@ -179,7 +181,7 @@ def build(make: Callable[[], str], root: Path) -> World:
         netns.run(world.node, _configure_node, peer)
     netns.run(world.peer, _configure_peer)
     gateway = PodAddress(f"{POD}/32", POD, Family.V4, Family.V4.gateway)
-    link = PodLink(Mode.ROUTED, "eth0", "pwpod", mac_of("host"), mac_of(POD), 1500, (gateway,))
+    link = PodLink(Mode.ROUTED, "eth0", "pod0", mac_of("host"), mac_of(POD), 1500, (gateway,))
     netns.run(world.node, attach, link, str(netns.path(world.pod)))
     return world
 

@@ -44,7 +44,9 @@ def test_two_labs_with_pods_come_up_side_by_side_and_leave_nothing() -> None:
         assert run.returncode == 0, run.stderr
         assert podwire("pod", "check", "--name", name, "web").returncode == 0
     status = json.loads(podwire("status", "--name", NAMES[0], "-o", "json").stdout)
-    assert [pod["pod"] for pod in status["pods"]] == ["web"]
+    assert [(pod["pod"], pod["addresses"]) for pod in status["pods"]] == [
+        ("web", "10.244.1.2,fd00:10:244:1::2")
+    ]
     assert podwire("exec", "--name", NAMES[0], "web", "--", "sh", "-c", "exit 7").returncode == 7
     again = podwire("up", "--name", NAMES[0])
     assert (again.returncode, "exists already" in again.stderr) == (1, True)
@@ -54,6 +56,16 @@ def test_two_labs_with_pods_come_up_side_by_side_and_leave_nothing() -> None:
         assert not (state.ROOT / name).exists()
         assert list(netns.DIRECTORY.glob(f"pw-{name}-*")) == []
         assert processes_of(name) == []
+
+
+def test_a_file_is_applied_twice_to_a_lab_of_one_family(tmp_path: Path) -> None:
+    name, file = NAMES[0], tmp_path / "pod.yaml"
+    file.write_text("{kind: Pod, metadata: {name: web}, spec: {nodeName: node1}}")
+    up = podwire("up", "--name", name, "--nodes", "1", "--ip-family", "ipv6")
+    assert up.returncode == 0, up.stderr
+    for what in ("made", "unchanged"):
+        applied = podwire("apply", "--name", name, str(file))
+        assert (applied.returncode, applied.stdout) == (0, f"pod web on node1 has fd00:10:244:1::2: {what}\n")
 
 
 def test_a_lab_that_is_not_there_is_said_in_one_sentence() -> None:

@@ -1,0 +1,56 @@
+"""Notice that somebody changed nftables, and set right what is ours.
+
+Every change of any ruleset raises the kernel's generation number, and asking for it takes microseconds; so
+the tables themselves are only looked at when it has moved. Listening to nftables' events instead would make
+the kernel write one for each of our own elements, 100,000 when services are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from cni.rules import Rules
+
+log = logging.getLogger("podwire.sync")
+
+LOOK_SECONDS = 1.0
+"""At most one look in this time: our own changes raise the number too."""
+
+
+class Keeper:
+    """The watch over the tables of pods and services; used by one thread.
+
+    `intact` tells whether the service proxy's tables are; `mended` is called when those of pods were not.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        intact: Callable[[], bool],
+        mended: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rules = rules
+        self._intact = intact
+        self._mended = mended
+        self._clock = clock
+        self._seen: int | None = None
+        self._looked = float("-inf")
+
+    def look(self) -> bool:
+        """Set the rules of pods right; return whether the service proxy's are still as they should be."""
+        now = self._clock()
+        if now - self._looked < LOOK_SECONDS:
+            return True
+        generation = self._rules.generation()
+        if generation == self._seen:
+            return True
+        self._looked = now
+        changed = self._rules.reconcile()
+        if changed and self._seen is not None:
+            log.warning("somebody changed the rules of pods: %d elements or tables set again", changed)
+            self._mended()
+        self._seen = generation
+        return self._intact()
