@@ -2,21 +2,24 @@
 PY := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE ?=
 
-.PHONY: setup demo test check bench lab proto lock clean
+.PHONY: setup setup-tests demo test check bench lab proto lock clean
 
 setup:            ## Debian packages, virtual environment, pinned dependencies
 	@scripts/setup
 
+setup-tests:      ## and what tests and benchmarks run: containerd, podman, iperf3, the Go plugins
+	@scripts/setup tests
+
 demo: setup       ## three nodes, the sample application, scenarios A-D and F on real traffic
 	@.venv/bin/podwire lab demo $(if $(KEEP),--keep) $(DEMO_ARGS)
 
-test: setup       ## every test (needs root: network namespaces)
+test: setup-tests ## every test (needs root: network namespaces)
 	@$(PY) -m pytest $(ARGS)
 
 check: setup      ## ruff, mypy --strict, layering, size budgets, generated code is current
 	@scripts/check
 
-bench: setup      ## figures side by side: service programming, pod attachment
+bench: setup-tests ## figures side by side: service programming, pod attachment
 	@$(PY) -m bench $(ARGS)
 
 lab: setup        ## a lab of three nodes that stays up
