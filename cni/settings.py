@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -49,12 +50,16 @@ class NodeSettings:
     @classmethod
     def from_mapping(cls, values: Mapping[str, str]) -> NodeSettings | None:
         """Return the settings that the ledger holds; None when the daemon has never saved any."""
-        if not values.get("mode"):
-            return None
-        return cls(
-            mode=Mode(values["mode"]),
-            mtu=int(values["mtu"]),
-            pod_cidrs=tuple(IPNetwork(c) for c in values["pod_cidrs"].split()),
-            ipam=IpamConfig.from_json(values["ipam"]) if "ipam" in values else IpamConfig(),
-            uplink=values.get("uplink", ""),
-        )
+        return _settings(tuple(values.items())) if values.get("mode") else None
+
+
+@functools.lru_cache(maxsize=4)  # they are the same for every ADD
+def _settings(items: tuple[tuple[str, str], ...]) -> NodeSettings:
+    values = dict(items)
+    return NodeSettings(
+        mode=Mode(values["mode"]),
+        mtu=int(values["mtu"]),
+        pod_cidrs=tuple(IPNetwork(c) for c in values["pod_cidrs"].split()),
+        ipam=IpamConfig.from_json(values["ipam"]) if "ipam" in values else IpamConfig(),
+        uplink=values.get("uplink", ""),
+    )

@@ -154,11 +154,11 @@ def attach(
     leaves the default route to the first. Raises NoNamespace, InterfaceExists, or NetlinkError for anything
     else that the kernel refuses.
     """
-    with namespace(netns_path) as pod, contextlib.ExitStack() as undo:
-        _make_veth(link, pod)
+    with namespace(netns_path) as pod, Rtnl() as rtnl, contextlib.ExitStack() as undo:
+        _make_veth(rtnl, link, pod)
         undo.callback(remove, link.host_ifname)
         step("link made")
-        _configure_host(link)
+        _configure_host(rtnl, link)
         step("host configured")
         routed = netns.run(pod, _configure_pod, link)
         step("pod configured")
@@ -191,30 +191,28 @@ def namespace(path: str) -> Iterator[int]:
         yield fd
 
 
-def _make_veth(link: PodLink, pod: int) -> None:
+def _make_veth(rtnl: Rtnl, link: PodLink, pod: int) -> None:
     veth = Veth(link.host_ifname, link.ifname, link.host_mac, link.pod_mac, pod, link.mtu)
-    with Rtnl() as rtnl:
-        try:
-            rtnl.commit(veth_add(veth))
-        except NetlinkError as error:
-            if not error.exists:
-                raise
-            where = f"the host has {link.host_ifname}" if rtnl.link(link.host_ifname) else "the pod has one"
-            raise InterfaceExists(f"CNI_IFNAME {link.ifname} exists already: {where}") from error
+    try:
+        rtnl.commit(veth_add(veth))
+    except NetlinkError as error:
+        if not error.exists:
+            raise
+        where = f"the host has {link.host_ifname}" if rtnl.link(link.host_ifname) else "the pod has one"
+        raise InterfaceExists(f"CNI_IFNAME {link.ifname} exists already: {where}") from error
 
 
-def _configure_host(link: PodLink) -> None:
+def _configure_host(rtnl: Rtnl, link: PodLink) -> None:
     """Set up the host's side."""
     index = socket.if_nametoindex(link.host_ifname)
     limits = bandwidth.host_requests(index, link.bandwidth, link.mtu)
-    with Rtnl() as rtnl:
-        if link.mode is Mode.BRIDGE:
-            bridge = rtnl.link(BRIDGE)
-            if bridge is None:
-                raise NotReady(f"the bridge {BRIDGE} is missing: the daemon makes it")
-            rtnl.commit(link_set(index, master=bridge.index), bridge_hairpin(index), *limits)
-        else:
-            rtnl.commit(*_host_requests(link, index), *limits)
+    if link.mode is Mode.BRIDGE:
+        bridge = rtnl.link(BRIDGE)
+        if bridge is None:
+            raise NotReady(f"the bridge {BRIDGE} is missing: the daemon makes it")
+        rtnl.commit(link_set(index, master=bridge.index), bridge_hairpin(index), *limits)
+    else:
+        rtnl.commit(*_host_requests(link, index), *limits)
     _sysctl("ipv6", link.host_ifname, "accept_ra", "0")
     if link.from_loopback:
         # Martian replies to 127.0.0.1 are let in from this one interface; that the pod itself sends there is
@@ -244,26 +242,19 @@ def _configure_pod(link: PodLink) -> tuple[PodAddress, ...]:
         if link.mode is not Mode.BRIDGE:
             requests.append(route_replace(Route(f"{address.gateway}/{address.family.bits}", oif=index)))
             requests.append(neighbour_replace(index, address.gateway, link.host_mac))
+    defaults = [route_add(Route(a.default, gateway=a.gateway, oif=index)) for a in link.addresses]
     with Rtnl() as rtnl:
-        rtnl.commit(*requests)
-        routed = tuple(a for a in link.addresses if _set_default(rtnl, a, index))
+        refused = rtnl.attempt(*requests, *defaults)
+    for request, failure in refused.items():
+        if request not in defaults or not failure.exists:  # a default route that is there is another's
+            raise failure
+    routed = tuple(a for a, default in zip(link.addresses, defaults, strict=True) if default not in refused)
     if link.mode is Mode.BRIDGE:
         for address in link.addresses:
             # The bridge learns the port; nobody depends on it. Elsewhere there is nobody to tell.
             with contextlib.suppress(OSError):
                 announce(link.ifname, address.ip, link.pod_mac)
     return routed
-
-
-def _set_default(rtnl: Rtnl, address: PodAddress, index: int) -> bool:
-    """Set the default route of a family unless the pod has one; return whether it is this one."""
-    try:
-        rtnl.commit(route_add(Route(address.default, gateway=address.gateway, oif=index)))
-    except NetlinkError as error:
-        if not error.exists:
-            raise
-        return False
-    return True
 
 
 def _sysctl(family: str, ifname: str, name: str, value: str) -> None:

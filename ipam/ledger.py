@@ -106,6 +106,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._writes = 0
+        self._settings: tuple[int, dict[str, str]] | None = None
         self.reclaimed = 0
 
     def __enter__(self) -> Self:
@@ -144,17 +145,24 @@ class Ledger:
     def close(self) -> None:
         """Close the file; harmless when it is not open."""
         with self._lock:
+            self._settings = None
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
 
     def settings(self) -> dict[str, str]:
-        """Return what `save_settings` saved last."""
-        return dict(self._read("SELECT name, value FROM setting"))
+        """Return what `save_settings` saved last; read from the file only when that may have changed."""
+        with self._lock, self._errors():
+            db = self._db()
+            (version,) = db.execute("PRAGMA data_version").fetchone()  # changes when others write
+            if self._settings is None or self._settings[0] != version:
+                self._settings = version, dict(db.execute("SELECT name, value FROM setting").fetchall())
+            return dict(self._settings[1])
 
     def save_settings(self, settings: Mapping[str, str]) -> None:
         """Replace the node settings that the CNI binary needs while the daemon is down."""
         with self._transaction() as db:
+            self._settings = None
             db.execute("DELETE FROM setting")
             db.executemany("INSERT INTO setting VALUES (?, ?)", settings.items())
 

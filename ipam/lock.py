@@ -27,9 +27,8 @@ def container_lock(directory: Path, container_id: str, timeout: float = 10.0) ->
     F_OFD_SETLK), so threads exclude each other too, and the kernel drops it when the holder dies.
     Not reentrant.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     offset = int.from_bytes(hashlib.blake2b(container_id.encode(), digest_size=7).digest(), "big")
-    descriptor = os.open(directory / "attachments.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = _open(directory)
     try:
         deadline = time.monotonic() + timeout
         while not _set(descriptor, fcntl.F_WRLCK, offset):
@@ -45,6 +44,14 @@ def container_lock(directory: Path, container_id: str, timeout: float = 10.0) ->
             _set(descriptor, fcntl.F_UNLCK, offset)
     finally:
         os.close(descriptor)
+
+
+def _open(directory: Path) -> int:
+    try:
+        return os.open(f"{directory}/attachments.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _open(directory)
 
 
 def _set(descriptor: int, kind: int, offset: int) -> bool:

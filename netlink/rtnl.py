@@ -59,31 +59,38 @@ class Rtnl:
             self._socket = None
 
     def commit(self, *requests: Request) -> None:
-        """Apply requests in order, in one write, or several if there are very many.
+        """Apply requests in order; NetlinkError names the first that is refused.
 
-        Each stands alone: the kernel goes on after one that it refuses, and NetlinkError names the first
-        refused. Callers that need all or nothing undo what they asked for.
+        Each stands alone: the kernel goes on after one that it refuses. Callers that need all or nothing
+        undo what they asked for.
         """
-        slices = [requests[at : at + WRITE_REQUESTS] for at in range(0, len(requests), WRITE_REQUESTS)]
-        failures = [failure for part in slices if (failure := self._write(part))]
-        if failures:
-            raise failures[0]
+        for failure in self.attempt(*requests).values():
+            raise failure
 
-    def _write(self, requests: tuple[Request, ...]) -> NetlinkError | None:
-        """Apply requests in one write and return the first refusal."""
-        first = self._sequence + 1
-        self._send(b"".join(self._frame(r.kind, NLM_F_ACK | r.flags, r.body) for r in requests))
-        failure: NetlinkError | None = None
-        pending = len(requests)
-        while pending:
+    def attempt(self, *requests: Request) -> dict[Request, NetlinkError]:
+        """Apply requests in order, in one write, or several if there are very many; return the refusals."""
+        slices = [requests[at : at + WRITE_REQUESTS] for at in range(0, len(requests), WRITE_REQUESTS)]
+        return {request: failure for part in slices for request, failure in self._write(part)}
+
+    def _write(self, requests: tuple[Request, ...]) -> list[tuple[Request, NetlinkError]]:
+        """Apply requests in one write and return the refusals.
+
+        The kernel answers in order: to those that it refuses, and to the last whatever became of it.
+        """
+        first, last = self._sequence + 1, self._sequence + len(requests)
+        frames = [self._frame(r.kind, r.flags, r.body) for r in requests[:-1]]
+        frames += [self._frame(r.kind, NLM_F_ACK | r.flags, r.body) for r in requests[-1:]]
+        self._send(b"".join(frames))
+        refused: list[tuple[Request, NetlinkError]] = []
+        while True:
             for kind, _, sequence, body in self._receive():
                 if kind != NLMSG_ERROR or sequence < first:
                     continue
-                pending -= 1
-                code = error_code(body)
-                if code and failure is None:
-                    failure = NetlinkError(code, f"cannot {requests[sequence - first].what}")
-        return failure
+                if code := error_code(body):
+                    request = requests[sequence - first]
+                    refused.append((request, NetlinkError(code, f"cannot {request.what}")))
+                if sequence == last:
+                    return refused
 
     def links(self) -> tuple[Link, ...]:
         """All interfaces."""

@@ -46,6 +46,8 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 
 ELEMENT_BYTES = 60_000  # a nested attribute's length has 16 bits
 RECEIVE_BYTES = 1 << 20
+SMALL_BATCH = 64 << 10
+"""What fits any socket's send buffer."""
 
 
 class BatchError(NetlinkError):
@@ -243,6 +245,8 @@ class NftSocket:
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
+        self._send_bytes = SMALL_BATCH
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._sequence = 0
 
     def __enter__(self) -> Self:
@@ -283,7 +287,9 @@ class NftSocket:
         sent = [(operation, elements) for _, operation, (*_, elements) in encoded]
         messages.append(self._frame(BATCH_END, 0, b"", subsystem=0, resource=NFNL_SUBSYS_NFTABLES))
         data = b"".join(messages)
-        self._open.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, len(data) + (1 << 20))
+        if len(data) > self._send_bytes:
+            self._send_bytes = 2 * len(data)
+            self._open.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self._send_bytes)
         self._open.send(data)
         self._collect(sent, messages, first + 1)
 
@@ -367,7 +373,8 @@ class NftSocket:
                     return
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
-        yield from split(self._open.recv(RECEIVE_BYTES))
+        size = self._open.recv_into(self._received)
+        yield from split(bytes(self._received[:size]))
 
 
 def _encode(table: Table, operation: Operation, index: int) -> Iterator[tuple[int, int, bytes, Pairs]]:
