@@ -10,6 +10,9 @@ import pytest
 
 from netlink import netns
 
+# Assertions in helpers say what differs, as those in tests do.
+pytest.register_assert_rewrite("tests.cni.world", "tests.cni.endurance")
+
 _numbers = itertools.count()
 
 

@@ -1,14 +1,12 @@
-"""A node as a runtime sees it; and say what differs, when an assertion in the helper fails."""
+"""A node as a runtime sees it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.cni.world")
-
-from cni.plugin import ledger_of  # noqa: E402
-from tests.cni.world import Node, Runtime  # noqa: E402
+from cni.plugin import ledger_of
+from tests.cni.world import Node, Runtime
 
 
 @pytest.fixture
