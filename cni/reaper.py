@@ -2,11 +2,13 @@
 
 Removing a veth pair costs the kernel about 20 ms, looking for connections 10 ms; nobody waits for either. An
 address is not given again before its interface is gone, because the ledger keeps the record until then. The
-thread's idle moments go to SQLite's checkpoints, which would cost an ADD up to 100 ms on a slow disk.
+thread's idle moments go to SQLite's checkpoints, which would cost an ADD up to 100 ms on a slow disk, and to
+collecting what pods that came and went left in memory.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
@@ -21,8 +23,8 @@ from ipam.lock import LockTimeout, container_lock
 
 log = logging.getLogger("podwire.cni")
 
-CHECKPOINT_SECONDS = 2.0
-"""How long the thread is idle before it writes the ledger's log back."""
+IDLE_SECONDS = 2.0
+"""How long there is nothing to do before the thread writes the ledger's log back and tidies memory."""
 
 
 class Reaper:
@@ -73,14 +75,19 @@ class Reaper:
         return True
 
     def _work(self) -> None:
+        worked = False
         while True:
             try:
-                work = self._queue.get(timeout=CHECKPOINT_SECONDS)
+                work = self._queue.get(timeout=IDLE_SECONDS)
             except queue.Empty:
                 self._checkpoint()
+                if worked:
+                    gc.collect()
+                worked = False
                 continue
             if work is None:
                 return
+            worked = True
             try:
                 work()
             except Exception as error:  # whatever it is, the next one must not wait for it

@@ -28,8 +28,8 @@ ROUNDS_IN_PEACE = 5
 DAEMON_DEATHS = 2
 """Times that the daemon is killed in a round with kills; the time without it is the slow part."""
 MEMORY_GROWTH = 8.0
-"""MB that the daemon may grow by in 300 cycles: a tenth of what it has, where a leak of one
-page for each pod would show as 1.2 and one of a result for each pod as less than 1."""
+"""MB that the daemon may have grown by after 300 cycles, when it is idle again: until then, what was used waits
+for Python's collector."""
 MANY = 250
 TURNS = 3
 MOST_FAILURES = 500
@@ -141,7 +141,7 @@ def test_a_thousand_pods_come_and_go_while_everything_dies(site: Site, empty: He
     assert runtime.killed > runtime.cycles * 0.05
     site.settle(0)
     assert site.held() == empty
-    assert site.memory() < memory + MEMORY_GROWTH
+    site.wait_until(lambda: site.memory() < memory + MEMORY_GROWTH, "the daemon's memory is what it was")
     assert len(site.open_files()) <= len(files) + WORKERS
     assert not [file for file in site.open_files() if file.startswith("net:")]
     logs = [(site.world.root / f"log{n}").read_text() for n in range(1, site.world.starts + 1)]
