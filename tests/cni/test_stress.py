@@ -28,8 +28,8 @@ ROUNDS_IN_PEACE = 5
 DAEMON_DEATHS = 2
 """Times that the daemon is killed in a round with kills; the time without it is the slow part."""
 MEMORY_GROWTH = 8.0
-"""MB that the daemon may have grown by after 300 cycles, when it is idle again: until then, what was used waits
-for Python's collector."""
+"""MB that the daemon may have grown by after 300 cycles, when it is idle again: until then, what was
+used waits for Python's collector."""
 MANY = 250
 TURNS = 3
 MOST_FAILURES = 500
