@@ -37,7 +37,7 @@ from netlink.nftables.objects import Chain, Data, Elements, Map, Rule, Table, en
 
 NFNL_SUBSYS_NFTABLES = 10
 BATCH_BEGIN, BATCH_END, BATCH_GENERATION = 0x10, 0x11, 1
-NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, NEWSET = 0, 2, 3, 5, 6, 9
+NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, NEWSET, DELSET = 0, 2, 3, 5, 6, 9, 11
 NEWSETELEM, DELSETELEM = 12, 14
 
 NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS = 1, 2
@@ -126,6 +126,21 @@ class AddMap:
 
 
 @dataclass(frozen=True, slots=True)
+class DeleteMap:
+    """Remove a set or map, given as such or by name, and its elements; no rule may use it any more."""
+
+    map: Map | str
+
+    @property
+    def name(self) -> str:
+        """The name of the set or map."""
+        return self.map if isinstance(self.map, str) else self.map.name
+
+    def __str__(self) -> str:
+        return f"delete map {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class AddElements:
     """Put elements into a map; a key that is there with other data is an error."""
 
@@ -165,6 +180,7 @@ Operation = (
     | DeleteChain
     | AddRule
     | AddMap
+    | DeleteMap
     | AddElements
     | EnsureElements
     | DeleteElements
@@ -194,6 +210,10 @@ class Nftables(Protocol):
 
     def rules(self) -> dict[str, tuple[str, ...]]:
         """Return the comments of the table's rules, in order, by chain."""
+        ...
+
+    def maps(self) -> frozenset[str]:
+        """Return the names of the table's sets and maps, but for those that rules write in braces."""
         ...
 
     def elements(self, which: Map) -> Elements:
@@ -231,6 +251,10 @@ class Nft:
     def rules(self) -> dict[str, tuple[str, ...]]:
         """Return the comments of the table's rules, in order, by chain."""
         return self._socket.rules(self.table)
+
+    def maps(self) -> frozenset[str]:
+        """Return the names of the table's sets and maps, but for those that rules write in braces."""
+        return self._socket.maps(self.table)
 
     def elements(self, which: Map) -> Elements:
         """Return what is in a map."""
@@ -308,6 +332,10 @@ class NftSocket:
     def rules(self, table: Table) -> dict[str, tuple[str, ...]]:
         """Return the comments of a table's rules, in order, by chain."""
         return dump.rules(functools.partial(self._ask, table.family.af), table)
+
+    def maps(self, table: Table) -> frozenset[str]:
+        """Return the names of a table's sets and maps, but for those that rules write in braces."""
+        return dump.maps(functools.partial(self._ask, table.family.af), table)
 
     def elements(self, table: Table, which: Map) -> Elements:
         """Return what is in a map of a table."""
@@ -395,6 +423,8 @@ def _encode(table: Table, operation: Operation, index: int) -> Iterator[tuple[in
             yield NEWRULE, NLM_F_CREATE | NLM_F_APPEND, rule.attributes(table.name), ()
         case AddMap(which):
             yield NEWSET, create, which.attributes(table.name, table.family, index + 1), ()
+        case DeleteMap():
+            yield DELSET, 0, head + text(2, operation.name), ()
         case AddElements(which, elements):
             yield from _encode_elements(NEWSETELEM, create, head, which, elements)
         case EnsureElements(which, elements):
@@ -407,19 +437,19 @@ def _encode_elements(
     kind: int, flags: int, table: bytes, which: Map, elements: Pairs
 ) -> Iterator[tuple[int, int, bytes, Pairs]]:
     head = table + text(2, which.name)
-    for start, encoded in chunks(elements, which.interval):
+    for start, encoded in chunks(elements, which):
         body = head + struct.pack("=HH", sum(map(len, encoded)) + 4, 3 | NLA_F_NESTED) + b"".join(encoded)
         yield kind, flags, body, elements[start : start + len(encoded)]
 
 
-def chunks(elements: Pairs, interval: bool) -> Iterator[tuple[int, list[bytes]]]:
+def chunks(elements: Pairs, which: Map) -> Iterator[tuple[int, list[bytes]]]:
     """Yield (index of the first, encoded elements) such that each list fits one message.
 
     The elements of a data map differ in nothing but key and data bytes, so their frame is made once:
     this is the loop that loads 100,000 elements.
     """
     key, data = elements[0] if elements else (b"", b"")
-    if isinstance(data, bytes) and elements:
+    if isinstance(data, bytes) and elements and not which.ranges:
         sample = encode_element(key, data)
         before, between = sample[:12], sample[12 + len(key) : len(sample) - len(data)]
         fit = ELEMENT_BYTES // len(sample)
@@ -430,7 +460,7 @@ def chunks(elements: Pairs, interval: bool) -> Iterator[tuple[int, list[bytes]]]
     encoded: list[bytes] = []
     size = start = 0
     for position, (key, data) in enumerate(elements):
-        element = encode_element(key, data, interval=interval)
+        element = encode_element(key, data, interval=which.interval, ranges=which.ranges)
         if size + len(element) > ELEMENT_BYTES:
             yield start, encoded
             encoded, size, start = [], 0, position

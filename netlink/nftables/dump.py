@@ -9,9 +9,9 @@ from netlink.attributes import parse, parsed, text
 from netlink.errors import NetlinkError
 from netlink.messages import NLM_F_DUMP, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, error_code
 from netlink.nftables.expressions import LimitOver, Verdict
-from netlink.nftables.objects import ELEMENT_INTERVAL_END, Data, Elements, Goto, Map, Table
+from netlink.nftables.objects import ELEMENT_INTERVAL_END, SET_ANONYMOUS, Data, Elements, Goto, Map, Table
 
-GETTABLE, GETCHAIN, GETRULE, GETSETELEM, GETGEN = 1, 4, 7, 13, 16
+GETTABLE, GETCHAIN, GETRULE, GETSET, GETSETELEM, GETGEN = 1, 4, 7, 10, 13, 16
 ENOENT, EINTR = 2, 4
 DUMP_TRIES = 100
 BODY = 20  # netlink header and nfgenmsg
@@ -68,6 +68,16 @@ def chains(ask: Ask, table: Table) -> frozenset[str]:
     return frozenset(found)
 
 
+def maps(ask: Ask, table: Table) -> frozenset[str]:
+    """Return the names of the sets and maps of a table; those that rules write in braces have none."""
+    found = set()
+    for message in _dump(ask, GETSET, text(1, table.name), f"list the maps of {table}", missing_is_fine=True):
+        attributes = parsed(message, BODY)
+        if not struct.unpack(">I", attributes.get(3, bytes(4)))[0] & SET_ANONYMOUS:
+            found.add(_string(attributes[2]))
+    return frozenset(found)
+
+
 def elements(ask: Ask, table: Table, which: Map) -> Elements:
     """Return the elements of a map."""
     found: Elements = {}
@@ -103,7 +113,9 @@ def _elements(payload: bytes, which: Map) -> Iterator[tuple[bytes, Data]]:
 def _element(element: bytes, which: Map) -> tuple[bytes, Data]:
     attributes = parsed(element)
     key = parsed(attributes[1])[1]
-    if which.interval:
+    if which.ranges:
+        key += parsed(attributes[10])[1] if 10 in attributes else key
+    elif which.interval:
         flags = struct.unpack(">I", attributes[3])[0] if 3 in attributes else 0
         key += bytes([flags & ELEMENT_INTERVAL_END])
     if 7 in attributes:
@@ -120,7 +132,7 @@ def _element(element: bytes, which: Map) -> tuple[bytes, Data]:
     return key, Goto(_string(verdict[2]) if code == Verdict.GOTO else "")
 
 
-def _dump(ask: Ask, kind: int, body: bytes, what: str) -> list[bytes]:
+def _dump(ask: Ask, kind: int, body: bytes, what: str, *, missing_is_fine: bool = False) -> list[bytes]:
     """Return the messages of a dump; one that changed under way is asked for again."""
     for _ in range(DUMP_TRIES):
         found: list[bytes] = []
@@ -128,7 +140,7 @@ def _dump(ask: Ask, kind: int, body: bytes, what: str) -> list[bytes]:
         for answer, flags, message in ask(kind, NLM_F_DUMP, body):
             interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
             if answer == NLMSG_ERROR:
-                _refuse(message, what, missing_is_fine=False)
+                _refuse(message, what, missing_is_fine=missing_is_fine)
             elif answer != NLMSG_DONE:
                 found.append(message)
         if not interrupted:

@@ -65,6 +65,7 @@ IPS_DST_NAT = 1 << 5  # linux/netfilter/nf_conntrack_common.h: the connection's 
 RTN_LOCAL = 2  # linux/rtnetlink.h: an address of this machine
 MASQUERADE_FULLY_RANDOM = 1 << 4
 LIMIT_BYTES, LIMIT_OVER = 1, 1
+DYNSET_UPDATE = 1
 REJECT_ICMP_UNREACHABLE, REJECT_TCP_RESET = 0, 1
 
 
@@ -246,6 +247,22 @@ class VerdictLookup:
 
 
 @dataclass(frozen=True, slots=True)
+class Remember:
+    """Put the key into a dynamic set, or begin its timeout anew (`update @set { … }`).
+
+    The rule ends here when the set is full. Source: nf_tables.h, NFTA_DYNSET_*.
+    """
+
+    name: ClassVar[str] = "dynset"
+    set_name: str
+    key_slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return text(1, self.set_name) + number(3, DYNSET_UPDATE) + number(4, register(self.key_slot))
+
+
+@dataclass(frozen=True, slots=True)
 class RandomIndex:
     """Load a random number from 0 to modulus-1, in host order (`numgen random mod`)."""
 
@@ -256,6 +273,19 @@ class RandomIndex:
     def attributes(self) -> bytes:
         """Return the encoded attributes."""
         return number(1, register(self.slot)) + number(2, self.modulus) + number(3, 1) + number(4, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Load given bytes."""
+
+    name: ClassVar[str] = "immediate"
+    value: bytes
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, register(self.slot)) + nested(2, attribute(1, self.value))
 
 
 @dataclass(frozen=True, slots=True)

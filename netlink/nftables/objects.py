@@ -27,7 +27,8 @@ class Hook(IntEnum):
 
 
 PRIORITY_RAW, PRIORITY_DSTNAT, PRIORITY_SRCNAT = -300, -100, 100
-SET_INTERVAL, SET_MAP = 0x4, 0x8
+SET_ANONYMOUS, SET_INTERVAL, SET_MAP, SET_TIMEOUT, SET_EVAL, SET_CONCAT = 0x1, 0x4, 0x8, 0x10, 0x20, 0x80
+DYNAMIC_SIZE = 65_535
 ELEMENT_INTERVAL_END = 0x1
 VERDICT_TYPE = 0xFFFFFF00
 
@@ -215,6 +216,13 @@ class Map:
 
     `interval` sets hold ranges: pairs of elements, the second marked as the end (exclusive). In a set with
     `limits`, each element has its own limit, and is found for packets that exceed it.
+
+    A set with `ranges` has a key of several fields, and elements that span a range of each: their key is the
+    first key and then the last one (inclusive). The kernel refuses a range that begins or ends in another
+    one, and removes the range that holds the first key, whatever the last one says.
+
+    A `dynamic` set is filled by `Remember`: with up to `size` elements, which go `timeout` seconds after
+    they were last remembered (0: they stay).
     """
 
     name: str
@@ -223,16 +231,34 @@ class Map:
     verdicts: bool = False
     interval: bool = False
     limits: bool = False
+    ranges: bool = False
+    dynamic: bool = False
+    timeout: int = 0
+    size: int = DYNAMIC_SIZE
     comment: str = ""
 
     def key_size(self, family: TableFamily) -> int:
-        """Bytes in a key."""
+        """Bytes in a key, as rules load it."""
         return sum(f.layout(family).size for f in self.key)
+
+    def element_size(self, family: TableFamily) -> int:
+        """Bytes in an element's key."""
+        return self.key_size(family) * (2 if self.ranges else 1) + (1 if self.interval else 0)
+
+    def spans(self, family: TableFamily, element: bytes, key: bytes) -> bool:
+        """Whether each field of a key is in an element's range, in a set with ranges."""
+        start = 0
+        for field in self.key:
+            end = start + field.layout(family).size
+            last = slice(len(key) + start, len(key) + end)
+            if not element[start:end] <= key[start:end] <= element[last]:
+                return False
+            start = end
+        return True
 
     def attributes(self, table: str, family: TableFamily, identifier: int) -> bytes:
         """Encode for NFT_MSG_NEWSET; `identifier` is unique in the batch."""
-        flags = (SET_INTERVAL if self.interval else 0) | (SET_MAP if self.data or self.verdicts else 0)
-        encoded = text(1, table) + text(2, self.name) + number(3, flags)
+        encoded = text(1, table) + text(2, self.name) + number(3, self._flags())
         encoded += number(4, _datatype(self.key, family)) + number(5, self._key_length(family))
         userdata = _tlv32(0, self._byte_order())
         userdata += tlv(3, _typeof(self.key, family))
@@ -249,13 +275,33 @@ class Map:
             userdata += tlv(7, self.comment.encode() + b"\0")
         if self.limits:
             encoded += _expression(17, ANY_LIMIT)
-        return encoded + number(10, identifier) + attribute(13, userdata)
+        if self.timeout:
+            encoded += attribute(11, struct.pack(">Q", self.timeout * 1000))
+        return encoded + self._description(family) + number(10, identifier) + attribute(13, userdata)
+
+    def _flags(self) -> int:
+        return (
+            (SET_MAP if self.data or self.verdicts else 0)
+            | (SET_INTERVAL if self.interval or self.ranges else 0)
+            | (SET_CONCAT if self.ranges else 0)
+            | (SET_EVAL if self.dynamic else 0)
+            | (SET_TIMEOUT if self.timeout else 0)
+        )
+
+    def _description(self, family: TableFamily) -> bytes:
+        """Encode how many elements there may be, or the bytes that count in each field (NFTA_SET_DESC)."""
+        if self.dynamic:
+            return nested(9, number(1, self.size))
+        if self.ranges:
+            fields = (nested(1, number(1, f.layout(family).length)) for f in self.key)
+            return nested(9, nested(2, *fields))
+        return b""
 
     def _byte_order(self) -> int:
-        """Return nft's number for it, which matters for single fields only: names are in the host's."""
+        """Return nft's number for it, which matters for single fields only: some are in the host's."""
         if len(self.key) > 1:
             return 0
-        return 1 if self.key[0] is Field.IIFNAME else 2
+        return 1 if self.key[0] in (Field.IIFNAME, Field.INDEX) else 2
 
     def _key_length(self, family: TableFamily) -> int:
         return self.key[0].layout(family).length if len(self.key) == 1 else self.key_size(family)
@@ -281,16 +327,23 @@ Data = bytes | Goto | LimitOver | None
 """What a key maps to: register bytes, a verdict, a limit (a set with limits), or nothing (a set)."""
 
 Elements = dict[bytes, Data]
-"""Elements by key. In an interval set the key has one more byte: 0 for a start, 1 for an end."""
+"""Elements by key. In an interval set the key has one more byte: 0 for a start, 1 for an end.
+
+In a set with ranges it is the first key of the range and then the last.
+"""
 
 
-def encode_element(key: bytes, data: Data, *, interval: bool = False) -> bytes:
+def encode_element(key: bytes, data: Data, *, interval: bool = False, ranges: bool = False) -> bytes:
     """Encode one element as NFTA_LIST_ELEM. Keys and data are whole registers, already padded."""
     flags = b""
     if interval:
         if key[-1]:
             flags = number(3, ELEMENT_INTERVAL_END)
         key = key[:-1]
+    elif ranges:
+        middle = len(key) // 2
+        flags = nested(10, attribute(1, key[middle:]))
+        key = key[:middle]
     encoded = nested(1, attribute(1, key))
     if isinstance(data, Goto):
         encoded += data.encode()

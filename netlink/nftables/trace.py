@@ -18,6 +18,7 @@ from netlink.nftables.expressions import (
     Bitwise,
     Cmp,
     Compare,
+    Constant,
     Counter,
     Ct,
     Dnat,
@@ -33,11 +34,12 @@ from netlink.nftables.expressions import (
     Payload,
     RandomIndex,
     Reject,
+    Remember,
     Verdict,
     VerdictLookup,
 )
 from netlink.nftables.fake import State
-from netlink.nftables.objects import Goto, Hook, Map, Rule
+from netlink.nftables.objects import Data, Goto, Hook, Map, Rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,12 @@ class Ended(Exception):
 
 def outcomes(state: State, packet: Packet, local: frozenset[str]) -> tuple[Outcome, ...]:
     """Return every outcome, one per branch of the random choices; `local` are this machine's addresses."""
-    first = _Walk(state, packet, local, choice=0)
-    found = [first.run()]
-    for choice in range(1, first.branches):
-        found.append(_Walk(state, packet, local, choice).run())
+    found: list[Outcome] = []
+    choices: tuple[int, ...] | None = ()
+    while choices is not None:
+        walk = _Walk(state, packet, local, choices)
+        found.append(walk.run())
+        choices = walk.next_choices()
     return tuple(found)
 
 
@@ -89,8 +93,8 @@ class _Walk:
     state: State
     packet: Packet
     local: frozenset[str]
-    choice: int
-    branches: int = 1
+    choices: tuple[int, ...]
+    moduli: list[int] = field(default_factory=list)
     mark: int = 0
     translated: bool = False
     masqueraded: bool = False
@@ -112,6 +116,13 @@ class _Walk:
         return Outcome(
             verdict, self.packet.destination, self.packet.port, self.masqueraded, tuple(self.matched)
         )
+
+    def next_choices(self) -> tuple[int, ...] | None:
+        """Return what the next walk chooses, in order (then always 0); None after the last branch."""
+        last = [*self.choices, *(0 for _ in self.moduli[len(self.choices) :])]
+        while last and last[-1] + 1 == self.moduli[len(last) - 1]:
+            last.pop()
+        return (*last[:-1], last[-1] + 1) if last else None
 
     def _hook(self, hook: Hook) -> None:
         chains = [c for c in self.state.chains.values() if c.base and c.base.hook == hook]
@@ -153,6 +164,8 @@ class _Walk:
             case Bitwise(mask, flip, slot):
                 value = self._read(slot, len(mask))
                 self._write(slot, bytes((v & m) ^ f for v, m, f in zip(value, mask, flip, strict=True)))
+            case Constant(value, slot):
+                self._write(slot, value)
             case MetaSet(MetaKey.MARK, slot):
                 self.mark = struct.unpack("=I", self._read(slot, 4))[0]
             case Cmp(operator, value, slot):
@@ -160,17 +173,17 @@ class _Walk:
             case Lookup(name, slot, invert):
                 return self._contains(self.state.maps[name], slot) != invert
             case MapLookup(name, slot, into):
-                data = self.state.elements[name].get(self._key(self.state.maps[name], slot))
+                data = self._data(self.state.maps[name], slot)
                 if not isinstance(data, bytes):
                     return False
                 self._write(into, data)
             case VerdictLookup(name, slot):
-                data = self.state.elements[name].get(self._key(self.state.maps[name], slot))
+                data = self._data(self.state.maps[name], slot)
                 return self._go(data) if isinstance(data, Goto) else False
             case Do() | Dnat() | Masquerade() | Reject():
                 return self._act(expression)
-            case Counter():
-                pass
+            case Counter() | Remember():
+                pass  # a first packet meets what was remembered before it
             case _:
                 raise NotImplementedError(f"the walk does not know {expression}")
         return True
@@ -198,17 +211,20 @@ class _Walk:
                 kind = RTN_LOCAL if self.packet.destination in self.local else 1
                 self._write(slot, struct.pack("=I", kind))
             case RandomIndex(modulus, slot):
-                self.branches = max(self.branches, modulus)
-                self._write(slot, struct.pack("=I", self.choice % modulus))
+                choice = self.choices[len(self.moduli)] if len(self.moduli) < len(self.choices) else 0
+                self.moduli.append(modulus)
+                self._write(slot, struct.pack("=I", choice))
             case _:
                 raise NotImplementedError(f"the walk does not know {expression}")
 
     def _act(self, expression: Expression) -> Goto | bool:
         match expression:
-            case Do(verdict, chain):
-                if verdict is Verdict.GOTO:
-                    return Goto(chain)
+            case Do(Verdict.GOTO, chain):
+                return Goto(chain)
+            case Do(Verdict.ACCEPT | Verdict.DROP as verdict):
                 raise Ended("drop" if verdict is Verdict.DROP else "accept")
+            case Do():
+                raise NotImplementedError(f"the walk does not know {expression}")
             case Dnat(_, address_slot, port_slot):
                 address = str(ip_address(self._read(address_slot, self.packet.family.size)))
                 port = struct.unpack(">H", self._read(port_slot, 2))[0]
@@ -225,9 +241,15 @@ class _Walk:
             raise Ended("drop")
         return target
 
+    def _data(self, which: Map, slot: int) -> Data:
+        """Return what a map says of the key in registers; None if nothing."""
+        return self.state.elements[which.name].get(self._key(which, slot))
+
     def _contains(self, which: Map, slot: int) -> bool:
         elements = self.state.elements[which.name]
         key = self._key(which, slot)
+        if which.ranges:
+            return any(which.spans(self.packet.family, element, key) for element in elements)
         if not which.interval:
             return key in elements
         # The nearest boundary at or below the key says whether it lies inside a range.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
@@ -27,8 +26,8 @@ from netlink.nftables.batch import (
     Nftables,
 )
 from netlink.nftables.expressions import Do, LimitOver, Meta, MetaKey, Verdict, VerdictLookup
-from netlink.nftables.fake import FakeNft
 from netlink.nftables.objects import Chain, Field, Goto, Map, Rule
+from tests.netlink.nft import Use, reloaded
 
 PORTS = Map("ports", (Field.L4PROTO, Field.DPORT), verdicts=True)
 TARGETS = Map("targets", (Field.L4PROTO, Field.DPORT, Field.INDEX), data=(Field.DESTINATION, Field.DPORT))
@@ -40,22 +39,6 @@ HTTP, DNS = bytes((6, 0, 0, 0, 0, 80, 0, 0)), bytes((17, 0, 0, 0, 0, 53, 0, 0))
 FIRST, SECOND = HTTP + bytes(4), HTTP + bytes((1, 0, 0, 0))
 ETH0, ETH1 = (name.ljust(16, b"\0") for name in (b"eth0", b"eth1"))
 POD = bytes((10, 0, 0, 1, 31, 144, 0, 0))
-
-Use = Callable[[Callable[[Nftables], None]], None]
-
-
-@pytest.fixture(params=["fake", "kernel"])
-def use(request: pytest.FixtureRequest, namespaces: Callable[[], str]) -> Iterator[Use]:
-    """A function that runs a check against an empty table's place, in memory or in the kernel."""
-
-    def on_kernel(check: Callable[[Nftables], None]) -> None:
-        def inside() -> None:
-            with Nft(Family.V4, "contract") as nft:
-                check(nft)
-
-        netns.run(namespaces(), inside)
-
-    yield on_kernel if request.param == "kernel" else lambda check: check(FakeNft(Family.V4))
 
 
 def test_what_is_committed_is_read_back(use: Use) -> None:
@@ -199,21 +182,13 @@ def test_nft_prints_the_real_ruleset_and_loads_what_it_printed(
     from proxy.frontends import Masquerade
     from proxy.nftables import ruleset
 
-    def listed(*arguments: str, stdin: str = "") -> str:
-        done = subprocess.run(["nft", *arguments], input=stdin, capture_output=True, text=True, check=True)
-        return done.stdout
-
     def inside() -> None:
         shapes = [(kind, 20, masquerade) for kind in ruleset.KINDS for masquerade in Masquerade]
         chains = [op for shape in shapes for op in ruleset.balance_rules(family, *shape)]
         with ExitStack() as stack:
             nft = stack.enter_context(Nft(family, ruleset.TABLE))
             nft.commit([*ruleset.base(family), *chains])
-        printed = listed("list", "ruleset")
-        assert "masquerade fully-random" in printed
-        listed("flush", "ruleset")
-        listed("-f", "-", stdin=printed)
-        assert listed("list", "ruleset") == printed
+        assert "masquerade fully-random" in reloaded()
 
     netns.run(namespaces(), inside)
 
