@@ -17,6 +17,7 @@ from proxy.frontends import frontends
 from proxy.nftables.dataplane import Dataplane, NodeRanges
 from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
+from proxy.topology import Place
 
 NODE = "node0"
 RANGES = NodeRanges(("10.128.0.0/9",), ("10.128.0.0/24",), ("10.128.0.0/9",))
@@ -79,12 +80,14 @@ def _measure(layout: list[Pair]) -> dict[str, list[float]]:
 
         def load() -> None:
             for service, found in layout:
-                table.replace(service.name, frontends(service, (found,), NODE))
+                table.replace(service.name, frontends(service, (found,), Place(NODE)))
             dataplane.load(table, RANGES)
 
         def update(number: int, pods: list[int]) -> list[Change]:
             service = layout[number % len(layout)][0]
-            return table.replace(service.name, frontends(service, (piece(number % len(layout), pods),), NODE))
+            return table.replace(
+                service.name, frontends(service, (piece(number % len(layout), pods),), Place(NODE))
+            )
 
         count = len(layout[0][1].endpoints)
         fresh = len(layout) * count

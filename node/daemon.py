@@ -24,6 +24,7 @@ from cni.rules import RulesError
 from ipam.ledger import Ledger, LedgerError, State
 from ipam.pools import groups
 from node import underlay, web
+from node.healthchecks import HealthChecks
 from node.keeper import Keeper
 from node.metrics import Metrics
 from node.server import CniService, InspectService, serving
@@ -85,6 +86,7 @@ class Daemon:
             reaper.recover()
             syncer = stack.enter_context(Syncer(config.sync, ledger))
             rules = stack.enter_context(rules_for(ledger))
+            self._health = stack.enter_context(HealthChecks(self._ready))
             keeper = Keeper(rules, syncer.intact, lambda: _forget_stale_flows(ledger, reaper))
             plugin = Plugin(ledger, config.state_dir, reaper.submit, reaper.settle, rules)
             inspect = InspectService(config.sync, ledger, syncer, self._ready)
@@ -144,6 +146,7 @@ class Daemon:
         first = not self._synced.is_set()
         with self._metrics.sync.time():
             syncer.sync(pending)
+        self._health.update(syncer.health_checks, syncer.node_port_addresses())
         self._metrics.failures.set(0)
         self._metrics.last_sync.set(syncer.status.last_sync)
         self._metrics.latency.observe(time.monotonic() - pending.since)
@@ -180,7 +183,7 @@ class Daemon:
 
         def metrics() -> tuple[int, str, bytes]:
             self._metrics.elements.set(syncer.elements)
-            self._metrics.frontends.set(len(syncer.table))
+            self._metrics.frontends.set(len(syncer.frontends))
             self._metrics.pods.set(len(ledger.attachments()))
             cidrs = tuple(IPNetwork(c) for c in syncer.status.pod_cidrs)
             ipam = self._config.sync.ipam

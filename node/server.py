@@ -119,7 +119,7 @@ class InspectService(rpc.InspectServicer):
             ready=self._ready() and status.ready,
             last_sync=status.last_sync,
             services=status.services,
-            frontends=len(self._syncer.table),
+            frontends=len(self._syncer.frontends),
             elements=self._syncer.elements,
             problems=(*self.sync_problems, *self.source_problems, *status.problems),
         )

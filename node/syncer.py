@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Self
 
 from msgspec import structs
@@ -20,16 +20,16 @@ from ipam.ledger import Ledger
 from ipam.pools import IpamConfig
 from ipam.ranges import address_of
 from netlink.family import Family
-from netlink.nftables.batch import Nft
 from netlink.rtnl import Rtnl
 from node import masquerade, underlay
+from node.healthchecks import HealthCheck
 from node.routes import NodeRoute, plan
+from node.services import ServiceProxy
 from node.store import Pending
-from proxy.frontends import Frontend, frontends
-from proxy.model import EMPTY, Node, ObjectName, Snapshot
-from proxy.nftables.dataplane import Dataplane, NodeRanges
-from proxy.nftables.ruleset import TABLE
-from proxy.table import Change, FrontendTable
+from proxy.frontends import Frontend
+from proxy.model import EMPTY, Node, Snapshot
+from proxy.nftables.dataplane import NodeRanges
+from proxy.topology import Place
 
 log = logging.getLogger("podwire.sync")
 
@@ -42,7 +42,11 @@ otherwise. Others flush rulesets, links go down and come up, default routes appe
 
 @dataclass(frozen=True, slots=True)
 class SyncConfig:
-    """What the syncer is told once. `uplink` is the interface of flat mode; "" is the one that leads out."""
+    """What the syncer is told once.
+
+    `uplink` is the interface of flat mode; "" is the one that leads out. `node_port_addresses`: CIDRs of the
+    node's addresses that have node ports; none: the addresses in its Node object.
+    """
 
     node: str
     mode: Mode
@@ -51,6 +55,7 @@ class SyncConfig:
     masquerade: frozenset[Family] = frozenset(Family)
     ipam: IpamConfig = field(default_factory=IpamConfig)
     uplink: str = ""
+    node_port_addresses: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -77,17 +82,17 @@ class Syncer:
         self._ledger = ledger
         self._clock = clock
         self._stack = ExitStack()
-        self._dataplanes: dict[Family, Dataplane] = {}
+        self._proxy = ServiceProxy(self._own_addresses)
         self._snapshot = EMPTY
         self._loaded = False
         self._node_problems: tuple[str, ...] = ()
         self._nodes: Mapping[str, Node] = {}
         self._incomplete = False
-        self.table = FrontendTable()
         self.status = Status()
 
     def __enter__(self) -> Self:
         self._rtnl = self._stack.enter_context(Rtnl())
+        self._stack.enter_context(self._proxy)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,12 +101,31 @@ class Syncer:
     @property
     def elements(self) -> int:
         """Map elements in the kernel."""
-        return sum(d.elements for d in self._dataplanes.values())
+        return self._proxy.elements
 
     @property
     def frontends(self) -> tuple[Frontend, ...]:
-        """All frontends, as they are in the kernel."""
-        return tuple(self.table)
+        """All frontends, as they are in the kernel; for any thread."""
+        return tuple(self._proxy.table)
+
+    @property
+    def health_checks(self) -> dict[int, HealthCheck]:
+        """What load balancers are to be told, by healthCheckNodePort."""
+        return self._proxy.health_checks(self._snapshot)
+
+    def node_port_addresses(self) -> tuple[str, ...]:
+        """Return those of the node's addresses that have node ports; "" stands for all that it has."""
+        ranges = [ip_network(c) for c in self._node_port_ranges()]
+        if any(r.prefixlen == 0 for r in ranges):
+            return ("",)
+        return tuple(a for a in self._own_addresses() if any(ip_address(a) in r for r in ranges))
+
+    def _node_port_ranges(self) -> tuple[str, ...]:
+        node = self._snapshot.nodes.get(self._config.node)
+        primary = node.addresses if node else ()
+        return self._config.node_port_addresses or tuple(
+            f"{a}/{ip_address(a).max_prefixlen}" for a in primary
+        )
 
     def sync(self, pending: Pending) -> None:
         """Bring one change to the kernel.
@@ -109,18 +133,23 @@ class Syncer:
         Raises NetlinkError when the kernel refuses; the next sync then compares everything again.
         """
         snapshot = pending.snapshot
-        changes = self._update_table(snapshot, pending.services)
+        me = snapshot.nodes.get(self._config.node, Node(self._config.node))
+        changes = self._proxy.take(snapshot, pending.services, Place(me.name, me.zone))
         self._snapshot = snapshot
-        # Until all of it is done, the kernel may lack what the table has.
+        # Until all of it is done, the kernel may lack what was decided.
         loaded, self._loaded = self._loaded, False
         if not loaded or pending.nodes:
             self._sync_node(snapshot)
-        if loaded and self._families() <= self._dataplanes.keys() and (not pending.nodes or self.intact()):
-            self._apply(changes, pending.nodes)
-        else:
-            self._load()
+        if not loaded or (pending.nodes and not self.intact()):
+            self._proxy.compare()
+        ranges = self._ranges() if not loaded or pending.nodes else None
+        self._proxy.apply(changes, self._families(), ranges)
         self._loaded = True
         self._report(snapshot)
+
+    def intact(self) -> bool:
+        """Whether nobody removed or emptied the service proxy's tables."""
+        return self._proxy.intact()
 
     def again(self) -> Pending | None:
         """Return a change that compares the kernel with what it should hold, when it is time for that."""
@@ -132,34 +161,6 @@ class Syncer:
     def compare(self) -> Pending:
         """Return a change that compares the kernel with what it should hold."""
         return Pending(self._snapshot, frozenset(), nodes=True, since=time.monotonic())
-
-    def _update_table(self, snapshot: Snapshot, services: Iterable[ObjectName]) -> list[Change]:
-        changes: list[Change] = []
-        for name in services:
-            service = snapshot.services.get(name)
-            found = frontends(service, snapshot.slices.get(name, ()), self._config.node) if service else ()
-            changes += self.table.replace(name, found)
-        return changes
-
-    def intact(self) -> bool:
-        """Whether nobody removed or emptied the service proxy's tables."""
-        for family, dataplane in self._dataplanes.items():
-            if not dataplane.intact():
-                log.warning(
-                    "somebody removed rules of table %s %s: setting them again", family.keyword, TABLE
-                )
-                return False
-        return True
-
-    def _load(self) -> None:
-        """Compare everything with the kernel and set what differs."""
-        ranges = self._ranges()
-        for family in self._families() - self._dataplanes.keys():
-            self._dataplanes[family] = Dataplane(self._stack.enter_context(Nft(family, TABLE)))
-        for family, dataplane in self._dataplanes.items():
-            adopted = dataplane.load((f for f in self.table if f.key.family is family), ranges)
-            how = "adopted what the kernel had" if adopted else "made a new table"
-            log.info("%s service proxy: %s, %d elements", family.keyword, how, dataplane.elements)
 
     def _ranges(self) -> NodeRanges:
         """Return whose address is replaced on the way out; pools are pods of this node too.
@@ -179,6 +180,7 @@ class Syncer:
             pod_cidrs=(*ranges.pod_cidrs, *pools),
             local_pod_cidrs=(*ranges.local_pod_cidrs, *leaving),
             no_masquerade=(*ranges.no_masquerade, *pools),
+            node_ports=self._node_port_ranges(),
         )
 
     def _families(self) -> set[Family]:
@@ -186,13 +188,8 @@ class Syncer:
         ranges = (*self.status.pod_cidrs, *pool_cidrs(self._config.ipam))
         return {Family.V4} | {Family(ip_network(c).version) for c in ranges}
 
-    def _apply(self, changes: list[Change], nodes_changed: bool) -> None:
-        ranges = self._ranges() if nodes_changed else None
-        for family, dataplane in self._dataplanes.items():
-            own = [c for c in changes if _family(c) is family]
-            if own or ranges:
-                moved = dataplane.apply(own, ranges)
-                log.debug("%s service proxy: %d elements changed", family.keyword, moved)
+    def _own_addresses(self) -> list[str]:
+        return [a.cidr.split("/")[0] for a in self._rtnl.addresses()]
 
     def _sync_node(self, snapshot: Snapshot) -> None:
         """Set what depends on nodes: routes, the bridge, and the settings that the CNI plugin works by."""
@@ -258,7 +255,7 @@ class Syncer:
     def _report(self, snapshot: Snapshot) -> None:
         self.status.last_sync = self._clock()
         self.status.services = len(snapshot.services)
-        problems = (*self._node_problems, *self.table.conflicts())
+        problems = (*self._node_problems, *self._proxy.problems)
         for problem in problems:
             if problem not in self.status.problems:
                 log.warning("%s", problem)
@@ -273,9 +270,3 @@ def pool_cidrs(config: IpamConfig) -> tuple[str, ...]:
         for part in pool.ranges
     )
     return tuple(str(cidr) for span in spans for cidr in span)
-
-
-def _family(change: Change) -> Family:
-    some = change.new or change.old
-    assert some
-    return some.key.family

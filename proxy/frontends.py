@@ -11,7 +11,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from netlink.family import Family
-from proxy.model import EndpointSlice, Protocol, Service, ServicePort, Struct, TrafficPolicy
+from proxy.model import Endpoint, EndpointSlice, Protocol, Service, ServicePort, Struct, TrafficPolicy
+from proxy.topology import Place, narrowing
 
 
 class Origin(Enum):
@@ -56,13 +57,21 @@ class Backend(NamedTuple):
 
 
 class Frontend(Struct, frozen=True):
-    """One thing a packet can be addressed to, and all that is decided about it."""
+    """One thing a packet can be addressed to, and all that is decided about it.
+
+    `affinity`: seconds for which a client's next connection goes where its last one went; 0 none. `sources`:
+    the CIDRs whose packets may come; None all. `exclusive`: the address has no other use than this
+    service's ports, so that packets to its other ports are refused.
+    """
 
     key: FrontendKey
     service: str
     action: Action
     masquerade: Masquerade
     endpoints: tuple[Backend, ...]
+    affinity: int = 0
+    sources: tuple[str, ...] | None = None
+    exclusive: bool = False
 
 
 class Candidates(NamedTuple):
@@ -72,73 +81,96 @@ class Candidates(NamedTuple):
     local: tuple[Backend, ...]
 
 
-def frontends(service: Service, slices: Sequence[EndpointSlice], node: str) -> tuple[Frontend, ...]:
+def frontends(service: Service, slices: Sequence[EndpointSlice], place: Place) -> tuple[Frontend, ...]:
     """Return the frontends of a service on a node, given its EndpointSlices."""
     found: list[Frontend] = []
-    for family, addresses in _families(service):
+    for family in Family:
+        addresses = _of(family, service.cluster_ips)
+        if not addresses:
+            continue
+        outside = (*_of(family, service.external_ips), *_of(family, service.balancer_ips))
         for port in service.ports:
             title = f"{service.name}:{port.name}" if port.name else str(service.name)
-            candidates = _candidates(slices, port, family, node)
+            candidates = _candidates(slices, port, family, place)
             for address in addresses:
-                found.append(_cluster_ip(service, port, title, (family, address), candidates))
+                key = FrontendKey(family, address, port.protocol, port.port, Origin.ANY)
+                found.append(_cluster_ip(service, key, title, candidates))
+            for address in dict.fromkeys(outside):
+                key = FrontendKey(family, address, port.protocol, port.port, Origin.ANY)
+                found.extend(_external(service, key, title, candidates))
             if port.node_port:
-                found.extend(_node_port(service, port, title, family, candidates))
+                key = FrontendKey(family, "", port.protocol, port.node_port, Origin.ANY)
+                found.extend(_external(service, key, title, candidates))
     return tuple(found)
 
 
-def _families(service: Service) -> Iterator[tuple[Family, list[str]]]:
-    for family in Family:
-        addresses = [a for a in service.cluster_ips if (":" in a) == (family is Family.V6)]
-        if addresses:
-            yield family, addresses
+def _of(family: Family, addresses: Sequence[str]) -> tuple[str, ...]:
+    return tuple(a for a in addresses if (":" in a) == (family is Family.V6))
 
 
-def _cluster_ip(
-    service: Service, port: ServicePort, title: str, at: tuple[Family, str], candidates: Candidates
-) -> Frontend:
+def _cluster_ip(service: Service, key: FrontendKey, title: str, candidates: Candidates) -> Frontend:
     local = service.internal_policy is TrafficPolicy.LOCAL
     return Frontend(
-        key=FrontendKey(at[0], at[1], port.protocol, port.port, Origin.ANY),
-        service=title,
-        action=_action(candidates, local),
-        masquerade=Masquerade.OFF_CLUSTER,
-        endpoints=candidates.local if local else candidates.all,
+        key,
+        title,
+        _action(candidates, local),
+        Masquerade.OFF_CLUSTER,
+        candidates.local if local else candidates.all,
+        affinity=service.affinity_seconds,
+        exclusive=True,
     )
 
 
-def _node_port(
-    service: Service, port: ServicePort, title: str, family: Family, candidates: Candidates
-) -> Iterator[Frontend]:
-    """Yield the node port's frontends.
+def _external(service: Service, key: FrontendKey, title: str, candidates: Candidates) -> Iterator[Frontend]:
+    """Yield the frontends of a node port, an external or a load balancer's address.
 
     Under externalTrafficPolicy Local outside clients keep their address and reach only endpoints of this
     node, while clients inside the cluster are served as if the policy were Cluster.
     """
-    key = FrontendKey(family, "", port.protocol, port.node_port, Origin.ANY)
-    if service.external_policy is TrafficPolicy.CLUSTER:
-        yield Frontend(key, title, _action(candidates, False), Masquerade.ALWAYS, candidates.all)
-        return
-    yield Frontend(key, title, _action(candidates, True), Masquerade.NEVER, candidates.local)
-    inside = key._replace(origin=Origin.INTERNAL)
-    yield Frontend(inside, title, _action(candidates, False), Masquerade.OFF_CLUSTER, candidates.all)
+    local = service.external_policy is TrafficPolicy.LOCAL
+    affinity, sources = service.affinity_seconds, None
+    if service.source_ranges and key.address in service.balancer_ips:
+        sources = tuple(r for r in service.source_ranges if (":" in r) == (key.family is Family.V6))
+    yield Frontend(
+        key,
+        title,
+        _action(candidates, local),
+        Masquerade.NEVER if local else Masquerade.ALWAYS,
+        candidates.local if local else candidates.all,
+        affinity,
+        sources,
+    )
+    if local:
+        yield Frontend(
+            key._replace(origin=Origin.INTERNAL),
+            title,
+            _action(candidates, False),
+            Masquerade.OFF_CLUSTER,
+            candidates.all,
+            affinity,
+            sources,
+        )
 
 
 def _action(candidates: Candidates, local_only: bool) -> Action:
     """Reject where a service has no endpoint at all; drop where only policy Local leaves none here."""
-    if not candidates.all:
+    if not candidates.all and not candidates.local:
         return Action.REJECT
     if local_only and not candidates.local:
         return Action.DROP
     return Action.BALANCE
 
 
-def _candidates(slices: Sequence[EndpointSlice], port: ServicePort, family: Family, node: str) -> Candidates:
+def _candidates(
+    slices: Sequence[EndpointSlice], port: ServicePort, family: Family, place: Place
+) -> Candidates:
     """Return the endpoints of a port: the ready ones, or, when there is none, those still serving.
 
     An endpoint that is terminating but serving is better than none (KEP-1669). The order is that of
-    addresses, so that the same endpoints always look the same, whatever happened before.
+    addresses, so that the same endpoints always look the same, whatever happened before. Hints narrow what
+    is used from everywhere, never what is used of this node.
     """
-    ready: set[Backend] = set()
+    ready: dict[Backend, Endpoint] = {}
     fallback: set[Backend] = set()
     for piece in slices:
         if piece.family is not family:
@@ -149,9 +181,11 @@ def _candidates(slices: Sequence[EndpointSlice], port: ServicePort, family: Fami
             number = target.port
             for endpoint in piece.endpoints:
                 if endpoint.ready:
-                    ready.add(Backend(endpoint.address, number, endpoint.node == node))
+                    backend = Backend(endpoint.address, number, endpoint.node == place.node)
+                    ready[backend] = endpoint
                 elif endpoint.serving and endpoint.terminating:
-                    fallback.add(Backend(endpoint.address, number, endpoint.node == node))
-    everywhere = tuple(sorted(ready or fallback))
-    local_ready = tuple(b for b in everywhere if b.local)
-    return Candidates(everywhere, local_ready or tuple(sorted(b for b in fallback if b.local)))
+                    fallback.add(Backend(endpoint.address, number, endpoint.node == place.node))
+    is_near = narrowing(ready.values(), place)
+    everywhere = sorted(b for b, e in ready.items() if is_near is None or is_near(e)) or sorted(fallback)
+    here = sorted(b for b in ready if b.local) or sorted(b for b in fallback if b.local)
+    return Candidates(tuple(everywhere), tuple(here))

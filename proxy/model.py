@@ -53,13 +53,23 @@ class ServicePort(Struct, frozen=True):
 
 
 class Service(Struct, frozen=True):
-    """A Service with cluster addresses (headless and ExternalName services never get here)."""
+    """A Service with cluster addresses (headless and ExternalName services never get here).
+
+    `balancer_ips` are those that a load balancer leaves in the packet (ipMode VIP); only sources in
+    `source_ranges` (CIDRs; none given: all) may use them. `affinity_seconds` is how long a client's next
+    connection goes where its last one went (0: no affinity). `health_port` is healthCheckNodePort, or 0.
+    """
 
     name: ObjectName
     cluster_ips: tuple[str, ...]
     ports: tuple[ServicePort, ...]
     internal_policy: TrafficPolicy = TrafficPolicy.CLUSTER
     external_policy: TrafficPolicy = TrafficPolicy.CLUSTER
+    external_ips: tuple[str, ...] = ()
+    balancer_ips: tuple[str, ...] = ()
+    source_ranges: tuple[str, ...] = ()
+    affinity_seconds: int = 0
+    health_port: int = 0
 
 
 class EndpointPort(Struct, frozen=True):
@@ -71,13 +81,18 @@ class EndpointPort(Struct, frozen=True):
 
 
 class Endpoint(Struct, frozen=True):
-    """A pod behind a service. Only the first address counts, as the API says."""
+    """A pod behind a service. Only the first address counts, as the API says.
+
+    The hints are the zones and nodes whose clients it should serve (EndpointSlice hints); none: no opinion.
+    """
 
     address: str
     node: str = ""
     ready: bool = True
     serving: bool = True
     terminating: bool = False
+    zone_hints: tuple[str, ...] = ()
+    node_hints: tuple[str, ...] = ()
 
 
 class EndpointSlice(Struct, frozen=True):
@@ -91,12 +106,13 @@ class EndpointSlice(Struct, frozen=True):
 
 
 class Node(Struct, frozen=True):
-    """A node: its pod ranges, its own addresses (InternalIP), and whether it is on its way out."""
+    """A node: its pod ranges, its own addresses (InternalIP), its zone, and whether it is on its way out."""
 
     name: str
     pod_cidrs: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
     deleting: bool = False
+    zone: str = ""
 
 
 class Snapshot(Struct, frozen=True):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from proxy.frontends import Frontend, FrontendKey
-from proxy.model import ObjectName
+from netlink.family import Family
+from proxy.frontends import Backend, Frontend, FrontendKey, Origin
+from proxy.model import ObjectName, Protocol
 
 
 class Change(NamedTuple):
@@ -63,6 +64,11 @@ class FrontendTable:
         else:
             self._keys.pop(service, None)
         return changes
+
+    def endpoints(self, family: Family, address: str, protocol: Protocol, port: int) -> tuple[Backend, ...]:
+        """Return where connections to an address and port may go, whoever their client is."""
+        keys = (FrontendKey(family, address, protocol, port, origin) for origin in Origin)
+        return tuple(b for key in keys if (found := self._winners.get(key)) for b in found.endpoints)
 
     def conflicts(self) -> list[str]:
         """Return a sentence for each key that more than one service claims."""

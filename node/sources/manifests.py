@@ -166,11 +166,13 @@ def _read(path: Path, signature: tuple[int, int, int], before: _File | None) -> 
     found = _File(signature)
     for document in documents:
         name = identity(document)
+        left_out: list[str] = []
         try:
-            value = parse(document)
+            value = parse(document, left_out)
         except ObjectError as error:
             found.problems.append(f"{path.name}: {error}")
             value = known.get(name)
+        found.problems += [f"{path.name}: {sentence}" for sentence in left_out]
         if value is not None:
             found.objects[name] = value
     return found

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from ipaddress import ip_address
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import msgspec
@@ -29,9 +30,16 @@ from proxy.model import (
 SERVICE_OF_SLICE = "kubernetes.io/service-name"
 OTHER_PROXY = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
+SOURCE_RANGES = "service.beta.kubernetes.io/load-balancer-source-ranges"
+ZONE = "topology.kubernetes.io/zone"
 CLUSTER_AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 
+AFFINITY_SECONDS, LONGEST_AFFINITY = 10800, 86400
+"""How long a client stays with an endpoint where a service does not say, and at most."""
+
 PLAIN = re.compile(r"[A-Za-z0-9._-]+")
+BROADCAST = "255.255.255.255"
+PREFIX = re.compile(r"[^/%]+/[0-9]{1,3}")
 PATH_STEP = re.compile(r"\.(\w+)|\[(?:(\d+)|\.\.\.)\]")
 
 Object = Service | EndpointSlice | Node
@@ -51,6 +59,7 @@ class WireMeta(Wire):
     name: str
     namespace: str | None = None
     labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
     deletion_timestamp: str | None = None
 
 
@@ -63,6 +72,18 @@ class WireServicePort(Wire):
     node_port: int | None = None
 
 
+class WireClientIP(Wire):
+    """ClientIPConfig."""
+
+    timeout_seconds: int | None = None
+
+
+class WireAffinity(Wire):
+    """SessionAffinityConfig."""
+
+    client_ip: WireClientIP | None = msgspec.field(name="clientIP", default=None)
+
+
 class WireServiceSpec(Wire):
     """ServiceSpec."""
 
@@ -72,6 +93,30 @@ class WireServiceSpec(Wire):
     ports: list[WireServicePort] | None = None
     internal_traffic_policy: str | None = None
     external_traffic_policy: str | None = None
+    external_ips: list[str] | None = msgspec.field(name="externalIPs", default=None)
+    load_balancer_source_ranges: list[str] | None = None
+    session_affinity: str | None = None
+    session_affinity_config: WireAffinity | None = None
+    health_check_node_port: int | None = None
+
+
+class WireIngress(Wire):
+    """LoadBalancerIngress."""
+
+    ip: str | None = None
+    ip_mode: str | None = None
+
+
+class WireLoadBalancer(Wire):
+    """LoadBalancerStatus."""
+
+    ingress: list[WireIngress] | None = None
+
+
+class WireServiceStatus(Wire):
+    """ServiceStatus."""
+
+    load_balancer: WireLoadBalancer | None = None
 
 
 class WireService(Wire):
@@ -79,6 +124,7 @@ class WireService(Wire):
 
     metadata: WireMeta
     spec: WireServiceSpec
+    status: WireServiceStatus | None = None
 
 
 class WireConditions(Wire):
@@ -89,12 +135,26 @@ class WireConditions(Wire):
     terminating: bool | None = None
 
 
+class WireHint(Wire):
+    """ForZone or ForNode."""
+
+    name: str
+
+
+class WireHints(Wire):
+    """EndpointHints."""
+
+    for_zones: list[WireHint] | None = None
+    for_nodes: list[WireHint] | None = None
+
+
 class WireEndpoint(Wire):
     """An endpoint of a slice."""
 
     addresses: list[str]
     conditions: WireConditions | None = None
     node_name: str | None = None
+    hints: WireHints | None = None
 
 
 class WireEndpointPort(Wire):
@@ -164,22 +224,27 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) and value.isprintable() else "?"
 
 
-def parse(document: Any) -> Object | None:
+def parse(document: Any, left_out: list[str] | None = None) -> Object | None:
     """Return the model value of a decoded document.
 
     None for kinds and services that are none of the proxy's business (headless, ExternalName, another
-    proxy's). Raises ObjectError.
+    proxy's). What the object can do without is left out of it, with a sentence added to `left_out`: an
+    external address that cannot be served must not cost a service its cluster address. Raises ObjectError.
     """
     kind, name = identity(document)
     parsers = {"Service": _service, "EndpointSlice": _slice, "Node": _node}
     if kind not in parsers:
         return None
+    problems: list[str] = []
     try:
-        return parsers[kind](document)
+        found = parsers[kind](document, problems)
     except msgspec.ValidationError as error:
         raise ObjectError(f"{kind} {name}: {_mismatch(str(error), document)}") from error
     except (RangeError, ValueError) as error:
         raise ObjectError(f"{kind} {name}: {error}") from error
+    if left_out is not None:
+        left_out += [f"{kind} {name}: {problem}" for problem in problems]
+    return found
 
 
 def _mismatch(message: str, document: Any) -> str:
@@ -209,24 +274,90 @@ def _plain(field: str, value: str) -> str:
     return value
 
 
-def _service(document: Any) -> Service | None:
+def _not_ours(labels: dict[str, str]) -> bool:
+    """Whether kube-proxy's label selector leaves an object out, be it a Service or an EndpointSlice."""
+    return OTHER_PROXY in labels or HEADLESS in labels
+
+
+def _service(document: Any, problems: list[str]) -> Service | None:
     wire = msgspec.convert(document, WireService)
-    spec, labels = wire.spec, wire.metadata.labels or {}
+    spec = wire.spec
     addresses = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
     if (
         spec.type == "ExternalName"
-        or addresses in ([], ["None"])
-        or OTHER_PROXY in labels
-        or HEADLESS in labels
+        or addresses in ([], ["None"], [""])
+        or _not_ours(wire.metadata.labels or {})
     ):
         return None
+    external_policy = _policy("spec.externalTrafficPolicy", spec.external_traffic_policy)
+    balanced = spec.type == "LoadBalancer"
+    checked = balanced and external_policy is TrafficPolicy.LOCAL and spec.health_check_node_port
+    external = [(f"spec.externalIPs[{i}]", value) for i, value in enumerate(spec.external_ips or [])]
     return Service(
         name=_name(wire.metadata),
-        cluster_ips=tuple(_cluster_ip("spec.clusterIPs", a) for a in addresses),
+        cluster_ips=tuple(_service_ip("spec.clusterIPs", a) for a in addresses),
         ports=tuple(_service_port(f"spec.ports[{i}]", p) for i, p in enumerate(spec.ports or [])),
         internal_policy=_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy),
-        external_policy=_policy("spec.externalTrafficPolicy", spec.external_traffic_policy),
+        external_policy=external_policy,
+        external_ips=_usable(external, problems),
+        balancer_ips=_usable(_ingress(wire.status, problems), problems) if balanced else (),
+        source_ranges=_source_ranges(spec, wire.metadata.annotations or {}) if balanced else (),
+        affinity_seconds=_affinity(spec),
+        health_port=_port("spec.healthCheckNodePort", spec.health_check_node_port) if checked else 0,
     )
+
+
+def _usable(fields: Iterable[tuple[str, str]], problems: list[str]) -> tuple[str, ...]:
+    """Return those addresses that a service can have, once each."""
+    found: dict[str, None] = {}
+    for field, value in fields:
+        try:
+            found[_service_ip(field, value)] = None
+        except ValueError as error:
+            problems.append(f"{error}: left out")
+    return tuple(found)
+
+
+def _ingress(status: WireServiceStatus | None, problems: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield field and value of the addresses that a load balancer leaves in packets (KEP-1860)."""
+    balancer = status.load_balancer if status else None
+    for i, entry in enumerate((balancer.ingress if balancer else None) or []):
+        field = f"status.loadBalancer.ingress[{i}]"
+        if entry.ip_mode not in (None, "VIP", "Proxy"):
+            problems.append(f"{field}.ipMode {entry.ip_mode!r} is none of VIP, Proxy: left out")
+        elif entry.ip and entry.ip_mode != "Proxy":
+            yield f"{field}.ip", entry.ip
+
+
+def _source_ranges(spec: WireServiceSpec, annotations: dict[str, str]) -> tuple[str, ...]:
+    """Return whose packets a load balancer's addresses take; none given: everybody's.
+
+    A wrong range fails the service: without it, it might be open to all. In the annotation, which counts
+    where the field is empty, 0.0.0.0/0 stands for everybody; the API server takes white space in both.
+    """
+    if spec.load_balancer_source_ranges:
+        field, texts = "spec.loadBalancerSourceRanges", spec.load_balancer_source_ranges
+    else:
+        field, text = f"metadata.annotations[{SOURCE_RANGES}]", annotations.get(SOURCE_RANGES, "")
+        texts = text.split(",") if text.strip() else []
+        if "0.0.0.0/0" in map(str.strip, texts):
+            return ()
+    return tuple(dict.fromkeys(_cidr(field, text) for text in texts))
+
+
+def _affinity(spec: WireServiceSpec) -> int:
+    if spec.session_affinity in (None, "", "None"):
+        return 0
+    if spec.session_affinity != "ClientIP":
+        raise ValueError(f"spec.sessionAffinity {spec.session_affinity!r} is none of None, ClientIP")
+    client = spec.session_affinity_config.client_ip if spec.session_affinity_config else None
+    seconds = client.timeout_seconds if client else None
+    if seconds is None:
+        return AFFINITY_SECONDS
+    if not 1 <= seconds <= LONGEST_AFFINITY:
+        field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
+        raise ValueError(f"{field} {reprlib.repr(seconds)} is not in 1 to {LONGEST_AFFINITY}")
+    return seconds
 
 
 def _service_port(field: str, wire: WireServicePort) -> ServicePort:
@@ -236,12 +367,13 @@ def _service_port(field: str, wire: WireServicePort) -> ServicePort:
     return ServicePort(name, protocol, _port(f"{field}.port", wire.port), node_port)
 
 
-def _slice(document: Any) -> EndpointSlice | None:
+def _slice(document: Any, problems: list[str]) -> EndpointSlice | None:
     wire = msgspec.convert(document, WireEndpointSlice)
     labels = wire.metadata.labels or {}
     service = labels.get(SERVICE_OF_SLICE)
-    if not service or wire.address_type == "FQDN":
+    if not service or wire.address_type == "FQDN" or _not_ours(labels):
         return None
+    _plain(f"metadata.labels[{SERVICE_OF_SLICE}]", service)
     families = {"IPv4": Family.V4, "IPv6": Family.V6}
     if wire.address_type not in families:
         raise ValueError(f"addressType {wire.address_type!r} is none of IPv4, IPv6, FQDN")
@@ -265,11 +397,23 @@ def _endpoint(field: str, wire: WireEndpoint, family: Family) -> Endpoint:
     conditions = wire.conditions or WireConditions()
     ready = conditions.ready is not False
     serving = ready if conditions.serving is None else conditions.serving
-    return Endpoint(address, wire.node_name or "", ready, serving, bool(conditions.terminating))
+    node = _plain(f"{field}.nodeName", wire.node_name) if wire.node_name else ""
+    found = Endpoint(address, node, ready, serving, bool(conditions.terminating))
+    if wire.hints is None:  # as in most of the endpoints, of which there are 100,000
+        return found
+    zones = _hints(f"{field}.hints.forZones", wire.hints.for_zones)
+    nodes = _hints(f"{field}.hints.forNodes", wire.hints.for_nodes)
+    return msgspec.structs.replace(found, zone_hints=zones, node_hints=nodes)
 
 
-def _node(document: Any) -> Node:
+def _hints(field: str, wire: list[WireHint] | None) -> tuple[str, ...]:
+    """Return the places that an endpoint is meant for; the empty name, which a label can have, is none."""
+    return tuple(_plain(f"{field}[{i}].name", h.name) for i, h in enumerate(wire or []) if h.name)
+
+
+def _node(document: Any, problems: list[str]) -> Node:
     wire = msgspec.convert(document, WireNode)
+    zone = (wire.metadata.labels or {}).get(ZONE)
     spec, status = wire.spec or WireNodeSpec(), wire.status or WireNodeStatus()
     cidrs = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
     taints = {t.key for t in spec.taints or []}
@@ -282,6 +426,7 @@ def _node(document: Any) -> Node:
             if a.type == "InternalIP"
         ),
         deleting=wire.metadata.deletion_timestamp is not None or CLUSTER_AUTOSCALER_TAINT in taints,
+        zone=_plain(f"metadata.labels[{ZONE}]", zone) if zone else "",
     )
 
 
@@ -297,11 +442,29 @@ def _address(field: str, value: str, family: Family | None = None) -> str:
     return str(address)
 
 
-def _cluster_ip(field: str, value: str) -> str:
+def _service_ip(field: str, value: str) -> str:
+    """Return an address of a service.
+
+    No packet has an IPv4-mapped one, and on the others nobody but the node itself may be reached.
+    """
     address = ip_address(_address(field, value))
-    if address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local:
+    mapped = address.version == 6 and address.ipv4_mapped
+    special = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local
+    if special or mapped or str(address) == BROADCAST:
         raise ValueError(f"{field} {value!r} is no address that a service can have")
     return str(address)
+
+
+def _cidr(field: str, text: str) -> str:
+    """Return a range in canonical form: the API server takes white space around it and host bits in it."""
+    text = text.strip()
+    try:
+        if not PREFIX.fullmatch(text):  # Python would take a bare address and a netmask too
+            raise ValueError
+        found = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f"{field} {text!r} is not a CIDR") from None
+    return str(found)
 
 
 def _port(field: str, value: int | None) -> int:

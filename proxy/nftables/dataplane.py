@@ -10,36 +10,56 @@ from netlink.nftables.batch import (
     AddChain,
     AddElements,
     AddRule,
-    DeleteChain,
+    BatchError,
     DeleteElements,
     DeleteTable,
     Nftables,
     Operation,
 )
-from netlink.nftables.objects import Elements, Map
-from proxy.frontends import Action, Frontend
-from proxy.nftables import ruleset
-from proxy.nftables.elements import Pairs, delta, difference, hairpin, intervals, kind_of
+from netlink.nftables.objects import Data, Elements, Map
+from proxy.frontends import Action, Frontend, Origin
+from proxy.nftables import parts, ruleset
+from proxy.nftables.elements import (
+    Pairs,
+    address,
+    allowed_sources,
+    delta,
+    difference,
+    hairpin,
+    intervals,
+    key_bytes,
+    kind_of,
+)
+from proxy.nftables.parts import Part
 from proxy.nftables.ruleset import (
-    COMMON_SHAPES,
+    ALLOWED_SOURCES,
+    CLUSTER_ADDRESSES,
     HAIRPIN,
-    KINDS,
     LOCAL_POD_CIDRS,
+    MAPS,
     NO_MASQUERADE,
+    NODE_PORT_ADDRESSES,
     POD_CIDRS,
-    SETS,
-    Shape,
+    RESTRICTED,
 )
 from proxy.table import Change, merged
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRanges:
-    """What the node rules need to know beside services; CIDRs of any family, in any order."""
+    """What the node rules need to know beside services; CIDRs of any family, in any order.
+
+    `node_ports` are those of the node's addresses that have node ports.
+    """
 
     pod_cidrs: tuple[str, ...] = ()
     local_pod_cidrs: tuple[str, ...] = ()
     no_masquerade: tuple[str, ...] = ()
+    node_ports: tuple[str, ...] = ("0.0.0.0/0", "::/0")
+
+
+Use = tuple[Map, str]
+"""A set, and an address that is in it while some frontend needs it there."""
 
 
 @dataclass(slots=True)
@@ -48,8 +68,8 @@ class _Edit:
 
     removed: dict[Map, Pairs] = field(default_factory=dict)
     added: dict[Map, Pairs] = field(default_factory=dict)
-    shapes: Counter[Shape] = field(default_factory=Counter)
-    hairpins: Counter[str] = field(default_factory=Counter)
+    parts: Counter[Part] = field(default_factory=Counter)
+    uses: Counter[Use] = field(default_factory=Counter)
 
     def take(self, which: Map, removed: Pairs, added: Pairs) -> None:
         """Note elements to remove from a map and to add to it."""
@@ -62,7 +82,7 @@ class _Edit:
 class Dataplane:
     """The nftables service proxy of one IP family.
 
-    Holds no copy of the elements, only counts: which uncommon balancing chains and hairpin pairs are in use.
+    Holds no copy of the elements, only counts of what several frontends can need: parts, addresses in sets.
     After a failed `apply` the counts may be wrong: call `load` before anything else.
     """
 
@@ -71,8 +91,8 @@ class Dataplane:
     def __init__(self, nft: Nftables) -> None:
         self._nft = nft
         self._family = nft.family
-        self._shapes: Counter[Shape] = Counter()
-        self._hairpins: Counter[str] = Counter()
+        self._parts: Counter[Part] = Counter()
+        self._uses: Counter[Use] = Counter()
         self._ranges: dict[Map, Elements] = {}
         self.elements = 0
 
@@ -85,20 +105,21 @@ class Dataplane:
         edit = _Edit()
         for frontend in frontends:
             self._note(edit, None, frontend)
-        sets = self._set_elements(ranges)
-        pairs = {HAIRPIN: [hairpin(self._family, a) for a in edit.hairpins]}
-        wanted: dict[Map, Elements] = {m: dict(p) for m, p in (edit.added | pairs).items()} | sets
+        for use in edit.uses:
+            edit.take(use[0], [], [self._element(use)])
+        sets = self._range_elements(ranges)
+        wanted: dict[Map, Elements] = {m: dict(p) for m, p in edit.added.items()} | sets
         there = self._nft.table_comment() is not None
-        adopted = there and self.intact()
+        adopted = there and self.intact() and self._are_whole(edit.parts)
         if adopted:
-            operations = self._difference(wanted, edit.shapes)
+            operations = self._difference(wanted, edit.parts)
         else:
             operations = [DeleteTable()] if there else []
             operations += ruleset.base(self._family)
-            operations += self._new_chains(edit.shapes)
+            operations += parts.made(self._family, edit.parts)
             operations += [AddElements(m, list(e.items())) for m, e in wanted.items() if e]
         self._nft.commit(operations)
-        self._shapes, self._hairpins, self._ranges = edit.shapes, edit.hairpins, sets
+        self._parts, self._uses, self._ranges = edit.parts, edit.uses, sets
         self.elements = sum(len(e) for e in wanted.values())
         return adopted
 
@@ -107,7 +128,7 @@ class Dataplane:
         if self._nft.table_comment() != ruleset.layout_comment(self._family):
             return False
         wanted: dict[str, tuple[str, ...]] = {}
-        for operation in (*ruleset.base(self._family), *self._new_chains(self._shapes)):
+        for operation in (*ruleset.base(self._family), *parts.made(self._family, self._parts)):
             if isinstance(operation, AddRule):
                 chain = operation.rule.chain
                 wanted[chain] = (*wanted.get(chain, ()), operation.rule.comment)
@@ -122,30 +143,46 @@ class Dataplane:
         edit = _Edit()
         for change in merged(changes):
             self._note(edit, change.old, change.new)
-        sets = self._ranges if ranges is None else self._set_elements(ranges)
+        sets = self._ranges if ranges is None else self._range_elements(ranges)
         for which, elements in sets.items():
             edit.take(which, *difference(self._ranges[which], elements, interval=True))
-        for address, count in edit.hairpins.items():
-            before, after = self._hairpins[address], self._hairpins[address] + count
+        for use, count in edit.uses.items():
+            before, after = self._uses[use], self._uses[use] + count
             if bool(before) != bool(after):
-                pair = [hairpin(self._family, address)]
-                edit.take(HAIRPIN, pair if before else [], pair if after else [])
-        begun = [s for s, n in edit.shapes.items() if n and not self._shapes[s]]
-        ended = [s for s, n in edit.shapes.items() if n and not self._shapes[s] + n]
+                element = [self._element(use)]
+                edit.take(use[0], element if before else [], element if after else [])
+        begun = [p for p, n in edit.parts.items() if n and not self._parts[p]]
+        ended = [p for p, n in edit.parts.items() if n and not self._parts[p] + n]
         self._nft.commit(
             [
                 *(DeleteElements(m, p) for m, p in edit.removed.items()),
-                *self._new_chains(begun),
+                *parts.made(self._family, begun),
                 *(AddElements(m, p) for m, p in edit.added.items()),
-                *(DeleteChain(ruleset.balance_chain(*shape)) for shape in ended),
+                *parts.removed(ended),
             ]
         )
-        self._shapes.update(edit.shapes)
-        self._hairpins.update(edit.hairpins)
+        self._parts.update(edit.parts)
+        self._uses.update(edit.uses)
         self._ranges = sets
+        for part in ended:
+            del self._parts[part]
+        for use in [u for u in edit.uses if not self._uses[u]]:
+            del self._uses[use]
         added, removed = (sum(map(len, side.values())) for side in (edit.added, edit.removed))
         self.elements += added - removed
         return added + removed
+
+    def culprit(self, error: BatchError, frontends: Iterable[Frontend]) -> Frontend | None:
+        """Return the frontend that an element belongs to which the kernel refused; None for anything else."""
+        operation, element = error.operation, error.element
+        if not isinstance(operation, AddElements | DeleteElements) or element is None:
+            return None
+        for frontend in frontends:
+            kind = kind_of(frontend.key)
+            maps = (kind.verdicts, kind.endpoints, RESTRICTED, ALLOWED_SOURCES)
+            if operation.map in maps and element.startswith(key_bytes(frontend.key)):
+                return frontend
+        return None
 
     def _note(self, edit: _Edit, old: Frontend | None, new: Frontend | None) -> None:
         """Add one frontend's change to an edit."""
@@ -156,38 +193,60 @@ class Dataplane:
         edit.take(kind.verdicts, found.old_verdicts, found.new_verdicts)
         edit.take(kind.endpoints, found.old_endpoints, found.new_endpoints)
         for frontend, count in ((old, -1), (new, 1)):
-            if frontend and frontend.action is Action.BALANCE:
-                shape = (kind, len(frontend.endpoints), frontend.masquerade)
-                if shape not in COMMON_SHAPES:
-                    edit.shapes[shape] += count
+            if frontend is None:
+                continue
+            for part in parts.parts(kind, frontend):
+                edit.parts[part] += count
+            if frontend.exclusive:
+                edit.uses[CLUSTER_ADDRESSES, frontend.key.address] += count
+            if frontend.action is Action.BALANCE:
                 for endpoint in frontend.endpoints:
                     if endpoint.local:
-                        edit.hairpins[endpoint.address] += count
+                        edit.uses[HAIRPIN, endpoint.address] += count
+        if (old and old.sources) != (new and new.sources) or bool(old) != bool(new):
+            self._note_sources(edit, old, new)
 
-    def _set_elements(self, ranges: NodeRanges) -> dict[Map, Elements]:
+    def _note_sources(self, edit: _Edit, old: Frontend | None, new: Frontend | None) -> None:
+        """Add to an edit who may come; a frontend for clients inside has the same ranges as its twin."""
+        for frontend, is_new in ((old, False), (new, True)):
+            if frontend and frontend.sources is not None and frontend.key.origin is Origin.ANY:
+                restricted: Pairs = [(key_bytes(frontend.key), None)]
+                for which, found in ((RESTRICTED, restricted), (ALLOWED_SOURCES, allowed_sources(frontend))):
+                    edit.take(which, [] if is_new else found, found if is_new else [])
+
+    def _element(self, use: Use) -> tuple[bytes, Data]:
+        which, text = use
+        return hairpin(self._family, text) if which is HAIRPIN else address(self._family, text)
+
+    def _range_elements(self, ranges: NodeRanges) -> dict[Map, Elements]:
         return {
             POD_CIDRS: intervals(self._family, ranges.pod_cidrs),
             LOCAL_POD_CIDRS: intervals(self._family, ranges.local_pod_cidrs),
             NO_MASQUERADE: intervals(self._family, ranges.no_masquerade),
+            NODE_PORT_ADDRESSES: intervals(self._family, ranges.node_ports),
         }
 
-    def _difference(self, wanted: Mapping[Map, Elements], shapes: Counter[Shape]) -> list[Operation]:
+    def _are_whole(self, wanted: Iterable[Part]) -> bool:
+        """Whether of each part that is there nothing is missing: they are known by their names alone."""
+        chains, maps = self._nft.chains(), self._nft.maps()
+        return all(len({part.chain in chains, *(name in maps for name in part.maps)}) == 1 for part in wanted)
+
+    def _difference(self, wanted: Mapping[Map, Elements], needed: Counter[Part]) -> list[Operation]:
         """Return what turns the table that is there into the one that is wanted."""
         removals: list[Operation] = []
         additions: list[Operation] = []
-        for which in (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints))):
+        for which in MAPS:
             there = self._nft.elements(which)
             old, new = difference(there, wanted.get(which, {}), interval=which.interval)
             if old:
                 removals.append(DeleteElements(which, old))
             if new:
                 additions.append(AddElements(which, new))
-        present = self._nft.chains()
-        names = {ruleset.balance_chain(*shape): shape for shape in shapes}
-        missing = self._new_chains(shape for name, shape in names.items() if name not in present)
+        chains, maps = self._nft.chains(), self._nft.maps()
+        missing = parts.made(self._family, (p for p in needed if p.chain not in chains))
         constant = {op.chain.name for op in ruleset.base(self._family) if isinstance(op, AddChain)}
-        unused = [DeleteChain(name) for name in sorted(present - constant - names.keys())]
+        unused = parts.unknown_removed(
+            chains - constant - {p.chain for p in needed},
+            maps - {m.name for m in MAPS} - {name for p in needed for name in p.maps},
+        )
         return [*removals, *missing, *additions, *unused]
-
-    def _new_chains(self, shapes: Iterable[Shape]) -> list[Operation]:
-        return [op for shape in shapes for op in ruleset.balance_rules(self._family, *shape)]

@@ -11,11 +11,13 @@ from typing import NamedTuple
 from netlink.family import Family
 from netlink.nftables.objects import Data, Elements, Goto
 from proxy.frontends import Action, Frontend, FrontendKey, Origin
+from proxy.nftables.parts import balancer
 from proxy.nftables.ruleset import (
     NODE_PORTS,
     NODE_PORTS_INTERNAL,
     REJECT_CHAIN,
     SERVICES,
+    SERVICES_INTERNAL,
     Kind,
     balance_chain,
 )
@@ -38,7 +40,7 @@ class Delta(NamedTuple):
 def kind_of(key: FrontendKey) -> Kind:
     """Return the pair of maps that a frontend belongs in."""
     if key.address:
-        return SERVICES
+        return SERVICES_INTERNAL if key.origin is Origin.INTERNAL else SERVICES
     return NODE_PORTS_INTERNAL if key.origin is Origin.INTERNAL else NODE_PORTS
 
 
@@ -52,12 +54,16 @@ def verdict(frontend: Frontend) -> Goto:
     """Return where packets to a frontend go; an empty chain drops them."""
     if frontend.action is Action.BALANCE:
         kind = kind_of(frontend.key)
+        if frontend.affinity:
+            return Goto(balancer(kind, frontend).chain)
         return Goto(balance_chain(kind, len(frontend.endpoints), frontend.masquerade))
     return Goto(REJECT_CHAIN if frontend.action is Action.REJECT else "")
 
 
 def endpoint_data(frontend: Frontend) -> list[bytes]:
-    """Encode a frontend's endpoints, in order, as the registers that dnat reads."""
+    """Encode a frontend's endpoints, in order, as the registers that dnat reads; affinity needs none."""
+    if frontend.affinity:
+        return []
     af, pton, pack = frontend.key.family.af, socket.inet_pton, _PORT.pack
     return [pton(af, address) + pack(port, 0) for address, port, _ in frontend.endpoints]
 
@@ -98,6 +104,20 @@ def hairpin(family: Family, address: str) -> tuple[bytes, Data]:
     """Return the element that lets an endpoint reach itself."""
     packed = socket.inet_pton(family.af, address)
     return packed + packed, None
+
+
+def address(family: Family, text: str) -> tuple[bytes, Data]:
+    """Return the element of a set of addresses."""
+    return socket.inet_pton(family.af, text), None
+
+
+def allowed_sources(frontend: Frontend) -> Pairs:
+    """Return the ranges of sources that may come to a frontend, each as first and last key."""
+    family, prefix = frontend.key.family, key_bytes(frontend.key)
+    return [
+        (prefix + start.to_bytes(family.size, "big") + prefix + (end - 1).to_bytes(family.size, "big"), None)
+        for start, end in _joined(family, frontend.sources or ())
+    ]
 
 
 def intervals(family: Family, cidrs: Iterable[str]) -> Elements:

@@ -23,6 +23,7 @@ from netlink.nftables.expressions import (
     Ct,
     CtKey,
     Dnat,
+    Do,
     Expression,
     FibDestinationType,
     Lookup,
@@ -34,6 +35,7 @@ from netlink.nftables.expressions import (
     Payload,
     RandomIndex,
     Reject,
+    Verdict,
     VerdictLookup,
 )
 from netlink.nftables.objects import (
@@ -64,6 +66,24 @@ HAIRPIN = Map(
     "hairpin", (Field.SOURCE, Field.DESTINATION), comment="endpoints of this node that may call themselves"
 )
 
+NODE_PORT_ADDRESSES = Map(
+    "node_port_addresses", (Field.DESTINATION,), interval=True, comment="where the node has node ports"
+)
+CLUSTER_ADDRESSES = Map(
+    "cluster_addresses", (Field.DESTINATION,), comment="addresses that have no other use than their services"
+)
+RESTRICTED = Map(
+    "restricted",
+    (Field.DESTINATION, Field.L4PROTO, Field.DPORT),
+    comment="load balancer addresses with loadBalancerSourceRanges",
+)
+ALLOWED_SOURCES = Map(
+    "allowed_sources",
+    (Field.DESTINATION, Field.L4PROTO, Field.DPORT, Field.SOURCE),
+    ranges=True,
+    comment="who may use them",
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kind:
@@ -90,11 +110,15 @@ def _kind(name: str, *, by_address: bool) -> Kind:
     )
 
 
+SERVICES_INTERNAL = _kind("services_internal", by_address=True)
 SERVICES = _kind("services", by_address=True)
 NODE_PORTS_INTERNAL = _kind("node_ports_internal", by_address=False)
 NODE_PORTS = _kind("node_ports", by_address=False)
-KINDS = (SERVICES, NODE_PORTS_INTERNAL, NODE_PORTS)
-SETS = (POD_CIDRS, LOCAL_POD_CIDRS, NO_MASQUERADE, HAIRPIN)
+KINDS = (SERVICES_INTERNAL, SERVICES, NODE_PORTS_INTERNAL, NODE_PORTS)
+RANGES = (POD_CIDRS, LOCAL_POD_CIDRS, NO_MASQUERADE, NODE_PORT_ADDRESSES)
+SETS = (*RANGES, HAIRPIN, CLUSTER_ADDRESSES, RESTRICTED, ALLOWED_SOURCES)
+MAPS = (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints)))
+"""Everything that the table has, whatever services there are."""
 
 REJECT_CHAIN = "reject_no_endpoints"
 
@@ -113,7 +137,10 @@ COMMON_SHAPES: frozenset[Shape] = frozenset(
     (kind, endpoints, masquerade)
     for endpoints in range(1, COMMON_ENDPOINTS + 1)
     for kind, masquerade in (
+        (SERVICES_INTERNAL, MasqueradePolicy.OFF_CLUSTER),
         (SERVICES, MasqueradePolicy.OFF_CLUSTER),
+        (SERVICES, MasqueradePolicy.ALWAYS),
+        (SERVICES, MasqueradePolicy.NEVER),
         (NODE_PORTS_INTERNAL, MasqueradePolicy.OFF_CLUSTER),
         (NODE_PORTS, MasqueradePolicy.ALWAYS),
         (NODE_PORTS, MasqueradePolicy.NEVER),
@@ -136,12 +163,7 @@ def balance_rules(
 ) -> tuple[Operation, ...]:
     """Return what makes a balancing chain: a mark if it masquerades, then the random choice."""
     name = balance_chain(kind, endpoints, masquerade)
-    rules = []
-    if masquerade is MasqueradePolicy.ALWAYS:
-        rules.append(Rule(name, _set_mark(), "masquerade every client"))
-    elif masquerade is MasqueradePolicy.OFF_CLUSTER:
-        outside = (_source(family), Lookup(POD_CIDRS.name, invert=True))
-        rules.append(Rule(name, (*outside, *_set_mark()), "masquerade clients that are not pods"))
+    rules = [*mark_rules(family, name, masquerade)]
     fields, slots = _key(family, kind)
     choose: tuple[Expression, ...] = (
         *fields,
@@ -151,6 +173,15 @@ def balance_rules(
     )
     rules.append(Rule(name, choose, f"one of {endpoints}"))
     return (AddChain(Chain(name)), *(AddRule(r) for r in rules))
+
+
+def mark_rules(family: Family, chain: str, masquerade: MasqueradePolicy) -> Iterator[Rule]:
+    """Yield what marks the connections of a balancing chain that are to be masqueraded."""
+    if masquerade is MasqueradePolicy.ALWAYS:
+        yield Rule(chain, _set_mark(), "masquerade every client")
+    elif masquerade is MasqueradePolicy.OFF_CLUSTER:
+        outside = (source(family), Lookup(POD_CIDRS.name, invert=True))
+        yield Rule(chain, (*outside, *_set_mark()), "masquerade clients that are not pods")
 
 
 def base(family: Family) -> tuple[Operation, ...]:
@@ -170,7 +201,7 @@ def layout_comment(family: Family) -> str:
 
 def _structure(family: Family) -> Iterator[Operation]:
     """Yield maps, chains and rules in packet order."""
-    for which in (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints))):
+    for which in MAPS:
         yield AddMap(which)
     yield AddChain(Chain(REJECT_CHAIN))
     for rule in _reject(family):
@@ -195,15 +226,27 @@ def _reject(family: Family) -> Iterator[Rule]:
 
 
 def _translate(family: Family, chain: str) -> Iterator[Rule]:
-    """Yield the destination NAT rules: by address first; node ports last, on any address of the node."""
-    yield Rule(chain, (*_key(family, SERVICES)[0], VerdictLookup(SERVICES.name)), "cluster addresses")
+    """Yield the destination NAT rules: by address first; node ports last, on addresses of the node.
+
+    Where clients inside the cluster are served differently, their maps come first. What the node itself sends
+    is inside.
+    """
+    key, after = _key(family, SERVICES)
+    inside = () if chain == "output" else (source(family), Lookup(POD_CIDRS.name))
+    refused: tuple[Expression, ...] = (
+        *(*key, Lookup(RESTRICTED.name)),
+        *(*key, source(family, after), Lookup(ALLOWED_SOURCES.name, invert=True)),
+        *(Counter(), Do(Verdict.DROP)),
+    )
+    yield Rule(chain, refused, "sources that a load balancer's address is not for")
+    internal = (*inside, *key, VerdictLookup(SERVICES_INTERNAL.name))
+    yield Rule(chain, internal, "external addresses for clients inside the cluster, where these differ")
+    yield Rule(chain, (*key, VerdictLookup(SERVICES.name)), "cluster and external addresses")
+    others = (_destination(family), Lookup(CLUSTER_ADDRESSES.name), Do(Verdict.GOTO, REJECT_CHAIN))
+    yield Rule(chain, others, "ports of cluster addresses that no service has")
     node = _to_this_node(family)
-    internal = (*_key(family, NODE_PORTS_INTERNAL)[0], VerdictLookup(NODE_PORTS_INTERNAL.name))
-    comment = "node ports for clients inside the cluster, where these differ"
-    if chain == "output":
-        yield Rule(chain, (*node, *internal), comment)
-    else:
-        yield Rule(chain, (*node, _source(family), Lookup(POD_CIDRS.name), *internal), comment)
+    internal = (*inside, *_key(family, NODE_PORTS_INTERNAL)[0], VerdictLookup(NODE_PORTS_INTERNAL.name))
+    yield Rule(chain, (*node, *internal), "node ports for clients inside the cluster, where these differ")
     yield Rule(chain, (*node, *_key(family, NODE_PORTS)[0], VerdictLookup(NODE_PORTS.name)), "node ports")
 
 
@@ -219,12 +262,12 @@ def _postrouting(family: Family) -> Iterator[Rule]:
         Bitwise(struct.pack("=I", IPS_DST_NAT), bytes(4)),
         Cmp(Compare.NEQ, bytes(4)),
     )
-    pair = (_source(family), _destination(family, slot=family.size // 4), Lookup(HAIRPIN.name))
+    pair = (source(family), _destination(family, slot=family.size // 4), Lookup(HAIRPIN.name))
     yield Rule(
         "postrouting", (*translated, *pair, Counter(), Masquerade()), "a pod that reached itself by a service"
     )
     leaving = (
-        _source(family),
+        source(family),
         Lookup(LOCAL_POD_CIDRS.name),
         _destination(family),
         Lookup(NO_MASQUERADE.name, invert=True),
@@ -232,8 +275,9 @@ def _postrouting(family: Family) -> Iterator[Rule]:
     yield Rule("postrouting", (*leaving, Counter(), Masquerade()), "pods to the outside")
 
 
-def _source(family: Family) -> Payload:
-    return Payload(Base.NETWORK, family.source_offset, family.size)
+def source(family: Family, slot: int = 0) -> Payload:
+    """Load the source address."""
+    return Payload(Base.NETWORK, family.source_offset, family.size, slot)
 
 
 def _destination(family: Family, slot: int = 0) -> Payload:
@@ -248,8 +292,9 @@ def _key(family: Family, kind: Kind) -> tuple[tuple[Expression, ...], int]:
 
 
 def _to_this_node(family: Family) -> tuple[Expression, ...]:
-    """Match any address of the node except loopback ones: those would need route_localnet (CVE-2020-8558)."""
-    local = (FibDestinationType(), Cmp(Compare.EQ, struct.pack("=I", RTN_LOCAL)))
+    """Match the node's addresses that have node ports, loopback ones never (CVE-2020-8558)."""
+    wanted = (_destination(family), Lookup(NODE_PORT_ADDRESSES.name))
+    local = (*wanted, FibDestinationType(), Cmp(Compare.EQ, struct.pack("=I", RTN_LOCAL)))
     if family is Family.V4:
         first_byte = Payload(Base.NETWORK, family.destination_offset, 1)
         return (*local, first_byte, Cmp(Compare.NEQ, b"\x7f"))

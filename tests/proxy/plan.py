@@ -156,7 +156,7 @@ CASES = (
     case("an outside client, masqueraded", f"{CLIENT} > 10.96.0.2:80", f"{P1} {P2}", "masq"),
     case("an endpoint in the host network", f"{POD1} > 10.96.0.13:80", f"{NODE2}:8080"),
     case("a pod without service is not touched", f"{POD1} > {POD2}:8080", P2),
-    case("another protocol on the port is not served", f"{POD1} > 10.96.0.2:80", "10.96.0.2:80", "masq", UDP),
+    case("another protocol on the port is refused", f"{POD1} > 10.96.0.2:80", "reject", "", UDP),
     # Ports and protocols
     case("a named port", f"{POD1B} > 10.96.0.6:80", P1),
     case("the same number for UDP", f"{POD1B} > 10.96.0.6:53", f"{POD2}:5353", "", UDP),

@@ -25,8 +25,9 @@ from proxy.model import (
     TrafficPolicy,
 )
 from proxy.nftables.dataplane import Dataplane, NodeRanges
-from proxy.nftables.ruleset import KINDS, SETS, TABLE
+from proxy.nftables.ruleset import MAPS, TABLE
 from proxy.table import Change, FrontendTable
+from proxy.topology import Place
 
 NAMES = [ObjectName("ns", n) for n in ("a", "b", "c")]
 POLICIES = st.sampled_from(TrafficPolicy)
@@ -83,8 +84,7 @@ def objects_after(objects: dict[tuple[str, str], object], step: tuple[str, Objec
 
 def contents(nft: Nftables) -> object:
     """Everything in a table, made comparable."""
-    maps = (*SETS, *(m for kind in KINDS for m in (kind.verdicts, kind.endpoints)))
-    return nft.table_comment(), nft.chains(), {m.name: nft.elements(m) for m in maps}
+    return nft.table_comment(), nft.chains(), nft.maps(), {m.name: nft.elements(m) for m in MAPS}
 
 
 Batches = list[list[tuple[str, ObjectName, object]]]
@@ -160,6 +160,6 @@ def deliver(store: Store, table: FrontendTable, objects: dict[tuple[str, str], o
     changes: list[Change] = []
     for name in pending.services if pending else ():
         service = pending.snapshot.services.get(name)
-        found = frontends(service, pending.snapshot.slices.get(name, ()), "me") if service else ()
+        found = frontends(service, pending.snapshot.slices.get(name, ()), Place("me")) if service else ()
         changes += table.replace(name, found)
     return changes

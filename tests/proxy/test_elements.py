@@ -51,7 +51,8 @@ def test_an_action_is_a_verdict(action: Action, endpoints: int, goto: Goto) -> N
 
 
 def test_the_kind_is_where_a_packet_looks_first() -> None:
-    found = [kind_of(k) for k in (a_key(), a_key(address="", origin=Origin.INTERNAL), a_key(address=""))]
+    keys = [a_key(address=a, origin=o) for a in ("10.96.0.1", "") for o in (Origin.INTERNAL, Origin.ANY)]
+    found = [kind_of(k) for k in keys]
     assert found == list(KINDS)
 
 

@@ -16,7 +16,9 @@ from proxy.model import (
     ServicePort,
     TrafficPolicy,
 )
+from proxy.topology import Place
 
+ME = Place("me", "zone-a")
 WEB = ObjectName("shop", "web")
 TCP = Protocol.TCP
 LOCAL = TrafficPolicy.LOCAL
@@ -27,7 +29,7 @@ def piece(*endpoints: Endpoint, name: str = "web-1", family: Family = Family.V4)
 
 
 def one(service: Service, *slices: EndpointSlice) -> Frontend:
-    (found,) = frontends(service, slices, "me")
+    (found,) = frontends(service, slices, ME)
     return found
 
 
@@ -42,6 +44,7 @@ def test_a_cluster_address_balances_over_its_endpoints_in_order_of_address() -> 
         Action.BALANCE,
         Masquerade.OFF_CLUSTER,
         (Backend("10.0.0.1", 8080, False), Backend("10.0.0.9", 8080, True)),
+        exclusive=True,
     )
 
 
@@ -60,7 +63,7 @@ def test_each_family_has_its_own_endpoints() -> None:
     six = EndpointSlice(
         ObjectName("shop", "six"), WEB, Family.V6, (EndpointPort("http", TCP, 8080),), (Endpoint("fd00::1"),)
     )
-    found = {(f.key.family, f.key.address): f.action for f in frontends(both, [six], "me")}
+    found = {(f.key.family, f.key.address): f.action for f in frontends(both, [six], ME)}
     assert found == {
         (Family.V4, "10.96.0.1"): Action.REJECT,
         (Family.V4, ""): Action.REJECT,
@@ -77,7 +80,7 @@ def test_a_port_of_another_name_or_protocol_does_not_count() -> None:
 
 
 def test_a_service_without_ports_has_no_frontend() -> None:
-    assert frontends(Service(WEB, ("10.96.0.1",), ()), [piece(Endpoint("10.0.0.1"))], "me") == ()
+    assert frontends(Service(WEB, ("10.96.0.1",), ()), [piece(Endpoint("10.0.0.1"))], ME) == ()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +101,7 @@ def test_under_policy_local_an_endpoint_that_drains_here_is_better_than_none_her
     service = Service(WEB, ("10.96.0.1",), (ServicePort("", TCP, 80, 30080),), external_policy=LOCAL)
     drains = Endpoint("10.0.0.1", "me", ready=False, serving=True, terminating=True)
     ready = Endpoint("10.0.0.2", "you")
-    found = {(f.key.address, f.key.origin): f for f in frontends(service, [piece(drains, ready)], "me")}
+    found = {(f.key.address, f.key.origin): f for f in frontends(service, [piece(drains, ready)], ME)}
     assert found["", Origin.ANY].endpoints == (Backend("10.0.0.1", 8080, True),)
     assert found["", Origin.INTERNAL].endpoints == (Backend("10.0.0.2", 8080, False),)
     assert found["10.96.0.1", Origin.ANY].endpoints == (Backend("10.0.0.2", 8080, False),)
@@ -106,7 +109,7 @@ def test_under_policy_local_an_endpoint_that_drains_here_is_better_than_none_her
 
 def test_a_node_port_under_policy_local_keeps_outside_clients_addresses() -> None:
     service = Service(WEB, ("10.96.0.1",), (ServicePort("", TCP, 80, 30080),), external_policy=LOCAL)
-    found = frontends(service, [piece(Endpoint("10.0.0.1", "me"))], "me")
+    found = frontends(service, [piece(Endpoint("10.0.0.1", "me"))], ME)
     assert {(f.key.origin, f.masquerade) for f in found if not f.key.address} == {
         (Origin.ANY, Masquerade.NEVER),
         (Origin.INTERNAL, Masquerade.OFF_CLUSTER),

@@ -14,6 +14,7 @@ from proxy.frontends import frontends
 from proxy.nftables.dataplane import Dataplane
 from proxy.nftables.ruleset import TABLE
 from proxy.table import FrontendTable
+from proxy.topology import Place
 from tests.proxy import world
 from tests.proxy.plan import CASES, ME, NODE1, NODE1_ALIAS, Case, snapshot
 
@@ -29,7 +30,7 @@ def lab(namespaces: Callable[[], str]) -> Iterator[world.World]:
         plan = snapshot()
         table = FrontendTable()
         for name, service in plan.services.items():
-            table.replace(name, frontends(service, plan.slices.get(name, ()), ME))
+            table.replace(name, frontends(service, plan.slices.get(name, ()), Place(ME)))
         with Nft(Family.V4, TABLE) as nft:
             Dataplane(nft).load(table, masquerade.ranges(plan.nodes, ME))
 

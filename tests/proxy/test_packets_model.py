@@ -11,6 +11,7 @@ from node import masquerade
 from proxy.frontends import frontends
 from proxy.nftables.dataplane import Dataplane
 from proxy.table import FrontendTable
+from proxy.topology import Place
 from tests.proxy.plan import CASES, ME, NODE1, NODE1_ALIAS, Case, snapshot
 
 
@@ -20,7 +21,7 @@ def table() -> FakeNft:
     plan = snapshot()
     found = FrontendTable()
     for name, service in plan.services.items():
-        found.replace(name, frontends(service, plan.slices.get(name, ()), ME))
+        found.replace(name, frontends(service, plan.slices.get(name, ()), Place(ME)))
     fake = FakeNft(Family.V4)
     Dataplane(fake).load(found, masquerade.ranges(plan.nodes, ME))
     return fake

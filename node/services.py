@@ -1,0 +1,176 @@
+"""Bring services to the kernel: frontends, the tables of each IP family, stale connections."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Self
+
+from netlink.conntrack import KEEPS_GOING, Backend, Conntrack, Destination
+from netlink.errors import NetlinkError
+from netlink.family import Family
+from netlink.nftables.batch import BatchError, Nft
+from node.healthchecks import HealthCheck, checks
+from proxy.frontends import Frontend, frontends
+from proxy.model import ObjectName, Snapshot
+from proxy.nftables.dataplane import Dataplane, NodeRanges
+from proxy.nftables.ruleset import TABLE
+from proxy.table import Change, FrontendTable
+from proxy.topology import Place
+
+log = logging.getLogger("podwire.sync")
+
+MOST_REFUSED = 20
+"""Services that one sync leaves out because the kernel refused them, before it gives up."""
+
+
+class ServiceProxy:
+    """The service proxy of a node; used by one thread, the one that entered it.
+
+    `addresses` returns the node's own addresses, where node ports are.
+    """
+
+    def __init__(self, addresses: Callable[[], Iterable[str]]) -> None:
+        self._addresses = addresses
+        self._stack = ExitStack()
+        self._dataplanes: dict[Family, Dataplane] = {}
+        self._refused: dict[ObjectName, str] = {}
+        self._place = Place("")
+        self._checked: set[ObjectName] = set()
+        self._ranges = NodeRanges()
+        self._loaded = False
+        self.table = FrontendTable()
+
+    def __enter__(self) -> Self:
+        self._conntrack = self._stack.enter_context(Conntrack())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def elements(self) -> int:
+        """Map elements in the kernel."""
+        return sum(d.elements for d in self._dataplanes.values())
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is not served as asked for, in sentences."""
+        return (*self.table.conflicts(), *self._refused.values())
+
+    def intact(self) -> bool:
+        """Whether nobody removed or emptied the tables."""
+        for family, dataplane in self._dataplanes.items():
+            if not dataplane.intact():
+                log.warning(
+                    "somebody removed rules of table %s %s: setting them again", family.keyword, TABLE
+                )
+                return False
+        return True
+
+    def take(self, snapshot: Snapshot, changed: Iterable[ObjectName], place: Place) -> list[Change]:
+        """Decide what the changed services look like now; all of them if the node's place changed."""
+        if place != self._place:
+            self._place, changed = place, snapshot.services.keys() | set(changed)
+        changes: list[Change] = []
+        for name in changed:
+            self._refused.pop(name, None)
+            service = snapshot.services.get(name)
+            if service and service.health_port:
+                self._checked.add(name)
+            else:
+                self._checked.discard(name)
+            found = frontends(service, snapshot.slices.get(name, ()), place) if service else ()
+            changes += self.table.replace(name, found)
+        return changes
+
+    def health_checks(self, snapshot: Snapshot) -> dict[int, HealthCheck]:
+        """Return what load balancers are to be told, by healthCheckNodePort."""
+        services = (snapshot.services[name] for name in self._checked)
+        return checks(services, snapshot.slices, self._place.node)
+
+    def apply(self, changes: list[Change], families: set[Family], ranges: NodeRanges | None) -> None:
+        """Bring changes to the kernel; everything is compared if the last time failed, or a family is new.
+
+        A service that the kernel refuses is left out, with a sentence, and the rest is set. Raises
+        NetlinkError when it refuses anything else; the next call then compares everything. `ranges` None:
+        they are as they were.
+        """
+        loaded, self._loaded = self._loaded and families <= self._dataplanes.keys(), False
+        for family in families - self._dataplanes.keys():
+            self._dataplanes[family] = Dataplane(self._stack.enter_context(Nft(family, TABLE)))
+        self._ranges = ranges or self._ranges
+        try:
+            if loaded:
+                self._change(changes, ranges)
+            else:
+                self._load()
+        except BatchError as error:
+            self._leave_out(error)
+        self._loaded = True
+        self._forget_connections(changes if loaded else [Change(None, f) for f in self.table])
+
+    def compare(self) -> None:
+        """Let the next `apply` compare everything with the kernel."""
+        self._loaded = False
+
+    def _load(self) -> None:
+        for family, dataplane in self._dataplanes.items():
+            adopted = dataplane.load((f for f in self.table if f.key.family is family), self._ranges)
+            how = "adopted what the kernel had" if adopted else "made a new table"
+            log.info("%s service proxy: %s, %d elements", family.keyword, how, dataplane.elements)
+
+    def _change(self, changes: list[Change], ranges: NodeRanges | None) -> None:
+        for family, dataplane in self._dataplanes.items():
+            own = [c for c in changes if _some(c).key.family is family]
+            if own or ranges:
+                moved = dataplane.apply(own, ranges)
+                log.debug("%s service proxy: %d elements changed", family.keyword, moved)
+
+    def _leave_out(self, error: BatchError) -> None:
+        """Load without the service that the kernel refused, and so on."""
+        for _ in range(MOST_REFUSED):
+            culprit = self._culprit(error)
+            if culprit is None:
+                break
+            name = ObjectName(*culprit.service.partition(":")[0].split("/"))
+            self._refused[name] = f"service {culprit.service} is not served: {error}"
+            log.warning("%s", self._refused[name])
+            self.table.replace(name, ())
+            try:
+                return self._load()
+            except BatchError as another:
+                error = another
+        raise error
+
+    def _culprit(self, error: BatchError) -> Frontend | None:
+        """Return the frontend that a refused element belongs to."""
+        found = (d.culprit(error, self.table) for d in self._dataplanes.values())
+        return next(filter(None, found), None)
+
+    def _forget_connections(self, changes: list[Change]) -> None:
+        """Remove UDP and SCTP connections of changed frontends that lead to what is no endpoint any more."""
+        concerned = {_some(c).key[:4] for c in changes if _some(c).key.protocol.value in KEEPS_GOING}
+        if not concerned:
+            return
+        node = tuple(self._addresses()) if any(not address for _, address, *_ in concerned) else ()
+        served: dict[Destination, frozenset[Backend]] = {}
+        for family, address, protocol, port in concerned:
+            endpoints = self.table.endpoints(family, address, protocol, port)
+            backends = frozenset(Backend(e.address, e.port) for e in endpoints)
+            own = (address,) if address else (a for a in node if (":" in a) == (family is Family.V6))
+            served |= dict.fromkeys((Destination(protocol.value, a, port) for a in own), backends)
+        try:
+            gone = self._conntrack.delete_stale(served)
+        except NetlinkError as error:
+            log.warning("connections to endpoints that are gone stay: %s", error)
+            return
+        if gone:
+            log.info("%d connections to endpoints that are gone were forgotten", gone)
+
+
+def _some(change: Change) -> Frontend:
+    some = change.new or change.old
+    assert some
+    return some
