@@ -12,8 +12,10 @@ import contextlib
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from netaddr import IPAddress, IPNetwork
@@ -49,6 +51,8 @@ HOST_PREFIX = "pwpod"
 BRIDGE_FILTERS = tuple(
     Path(f"/proc/sys/net/bridge/bridge-nf-call-{name}") for name in ("iptables", "ip6tables")
 )
+
+READY_SECONDS, READY_POLL = 5.0, 0.001
 
 
 class WiringError(Exception):
@@ -162,6 +166,8 @@ def attach(
         step("host configured")
         routed = netns.run(pod, _configure_pod, link)
         step("pod configured")
+        host = socket.if_nametoindex(link.host_ifname)
+        _wait(partial(rtnl.passes, host), f"{link.host_ifname} passes no packets")
         undo.pop_all()
     return routed
 
@@ -245,9 +251,12 @@ def _configure_pod(link: PodLink) -> tuple[PodAddress, ...]:
     defaults = [route_add(Route(a.default, gateway=a.gateway, oif=index)) for a in link.addresses]
     with Rtnl() as rtnl:
         refused = rtnl.attempt(*requests, *defaults)
-    for request, failure in refused.items():
-        if request not in defaults or not failure.exists:  # a default route that is there is another's
-            raise failure
+        for request, failure in refused.items():
+            if request not in defaults or not failure.exists:  # a default route that is there is another's
+                raise failure
+        _wait(partial(rtnl.passes, index), f"{link.ifname} of the pod passes no packets")
+        for ip in (a.ip for a in link.addresses if a.family is Family.V6):
+            _wait(partial(rtnl.owns, ip), f"the pod takes no packets to {ip}")
     routed = tuple(a for a, default in zip(link.addresses, defaults, strict=True) if default not in refused)
     if link.mode is Mode.BRIDGE:
         for address in link.addresses:
@@ -255,6 +264,18 @@ def _configure_pod(link: PodLink) -> tuple[PodAddress, ...]:
             with contextlib.suppress(OSError):
                 announce(link.ifname, address.ip, link.pod_mac)
     return routed
+
+
+def _wait(is_so: Callable[[], bool], otherwise: str) -> None:
+    """Wait for what the kernel does by itself after it has answered, in under a millisecond when idle.
+
+    The runtime may use the pod as soon as ADD is answered. Raises WiringError.
+    """
+    deadline = time.monotonic() + READY_SECONDS
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise WiringError(f"{otherwise} after {READY_SECONDS:.0f} s")
+        time.sleep(READY_POLL)
 
 
 def _sysctl(family: str, ifname: str, name: str, value: str) -> None:

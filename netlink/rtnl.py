@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
+from netlink.attributes import parse
 from netlink.errors import NetlinkError
 from netlink.messages import (
     NLM_F_ACK,
@@ -32,6 +33,9 @@ from netlink.requests import (
 if TYPE_CHECKING:
     from netlink.decode import Address, Link, Neighbour
 
+IFLA_OPERSTATE, IF_OPER_UNKNOWN, IF_OPER_UP = 16, b"\0", b"\6"  # linux/if_link.h, linux/if.h
+RTN_LOCAL = 2  # linux/rtnetlink.h
+_LINK_HEADER, _ROUTE_KIND = 16 + 16, 16 + 7  # behind nlmsghdr: length of ifinfomsg; rtm_type in rtmsg
 ANY_FAMILY = bytes(16)
 """A dump's body: all zeroes ask for everything."""
 RECEIVE_BYTES = 1 << 18
@@ -107,6 +111,26 @@ class Rtnl:
         except OSError:
             return None
         return decode.link(self._ask(RTM_GETLINK, link_query(index), f"look up interface {name}"))
+
+    def passes(self, index: int) -> bool:
+        """Whether an interface passes packets: until the kernel's own work is done it drops them, up or not.
+
+        Asking makes newer kernels do that work (rtnl_getlink, Linux 6.8).
+        """
+        found = self._ask(RTM_GETLINK, link_query(index), f"look up interface {index}")
+        states = (value for kind, value in parse(found, _LINK_HEADER) if kind == IFLA_OPERSTATE)
+        return next(states, b"") in (b"", IF_OPER_UP, IF_OPER_UNKNOWN)
+
+    def owns(self, address: str) -> bool:
+        """Whether packets to an address are for this namespace.
+
+        An IPv6 address is there before its route, which the kernel adds later in a thread of its own.
+        """
+        try:
+            found = self._ask(RTM_GETROUTE, route_query(address), f"find the route to {address}")
+        except NetlinkError:
+            return False
+        return found[_ROUTE_KIND] == RTN_LOCAL
 
     def addresses(self, index: int | None = None) -> tuple[Address, ...]:
         """All addresses, or those of one interface."""

@@ -1,6 +1,8 @@
 """What is asked of the kernel by route netlink is read back from it."""
 
 import errno
+import socket
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -136,6 +138,37 @@ def test_addresses_of_both_families_are_usable_at_once(inside: Inside[None]) -> 
             assert route.oif == left
 
     inside(work)
+
+
+def test_an_interface_passes_packets_when_both_ends_are_up(inside: Inside[None]) -> None:
+    def work(rtnl: Rtnl) -> None:
+        rtnl.commit(veth_add(Veth("host0", "pod0", *MACS)))
+        host, pod = socket.if_nametoindex("host0"), socket.if_nametoindex("pod0")
+        assert not rtnl.passes(host)
+        rtnl.commit(link_up(host), link_up(pod))
+        wait_until(lambda: rtnl.passes(host) and rtnl.passes(pod))
+
+    inside(work)
+
+
+def test_an_address_is_owned_once_packets_to_it_are_taken(inside: Inside[None]) -> None:
+    def work(rtnl: Rtnl) -> None:
+        rtnl.commit(veth_add(Veth("host0", "pod0", *MACS)))
+        host, pod = socket.if_nametoindex("host0"), socket.if_nametoindex("pod0")
+        assert not rtnl.owns("fd00::5")
+        rtnl.commit(link_up(1), link_up(host), link_up(pod), address_add(host, "fd00::5/64"))
+        rtnl.commit(address_add(host, "10.0.0.5/24"))
+        wait_until(lambda: rtnl.owns("fd00::5") and rtnl.owns("10.0.0.5"))
+        assert not rtnl.owns("fd00::6")
+        assert not rtnl.owns("10.0.0.6")
+
+    inside(work)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not is_so():
+        assert time.monotonic() < deadline
 
 
 def test_routes_of_both_families_are_read_back_by_protocol(inside: Inside[None]) -> None:
