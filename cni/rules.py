@@ -11,18 +11,17 @@ from typing import Self
 from cni import tables
 from cni.tables import TABLES, Contents, PodRules
 from netlink.errors import NetlinkError
-from netlink.nftables.batch import (
+from netlink.nftables.batch import BatchError, NftSocket
+from netlink.nftables.expressions import LimitOver
+from netlink.nftables.objects import BRIDGE, Data, Elements, Map, Table, TableFamily
+from netlink.nftables.operations import (
     AddElements,
-    BatchError,
     DeleteElements,
     DeleteTable,
     EnsureElements,
-    NftSocket,
     Operation,
     Pairs,
 )
-from netlink.nftables.expressions import LimitOver
-from netlink.nftables.objects import BRIDGE, Data, Elements, Map, Table, TableFamily
 
 RECONCILE_TRIES = 50
 """Each takes a few milliseconds, and fails only if the ruleset changes during it."""
@@ -141,10 +140,10 @@ class Rules:
             f"the nftables ruleset changed during each of {RECONCILE_TRIES} tries to set it right"
         )
 
-    def generation(self) -> int:
-        """Return the number of the last change that anybody made to this namespace's ruleset."""
+    def generation(self) -> tuple[int, int]:
+        """Return how many changes the ruleset of this namespace has seen, and how many were made here."""
         with self._lock:
-            return self._nft.generation()
+            return self._nft.generation(), self._nft.commits
 
     def _commit(self, parts: list[Part]) -> None:
         with self._lock:

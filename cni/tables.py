@@ -25,7 +25,6 @@ from ipaddress import ip_address
 from cni.wiring import HOST_PREFIX
 from ipam.records import PROTOCOLS, HostPort
 from netlink.family import Family
-from netlink.nftables.batch import AddChain, AddMap, AddRule, AddTable, Operation
 from netlink.nftables.expressions import (
     IPS_DST_NAT,
     RTN_LOCAL,
@@ -66,6 +65,7 @@ from netlink.nftables.objects import (
     TableFamily,
 )
 from netlink.nftables.objects import Base as BaseChain
+from netlink.nftables.operations import AddChain, AddMap, AddRule, AddTable, Operation
 
 NAME = "podwire_pods"
 FAMILIES: tuple[TableFamily, ...] = (*Family, BRIDGE)

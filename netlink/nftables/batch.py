@@ -1,7 +1,7 @@
-"""Operations, and the socket that commits them: all or none, in one atomic batch.
+"""The socket that commits operations: all or none, in one atomic batch.
 
-The elements of a map go out as up to 60 kB of bytes a message; nothing is listed first, which is what
-makes the `nft` program slow on a large ruleset. Source: linux/netfilter/nfnetlink.h, nf_tables.h.
+Nothing is listed first, which is what makes the `nft` program slow on a large ruleset.
+Source: linux/netfilter/nfnetlink.h, nf_tables.h.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ import functools
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, Self
 
-from netlink.attributes import NLA_F_NESTED, attribute, number, parsed, text
+from netlink.attributes import number, parsed
 from netlink.errors import NetlinkError
 from netlink.family import Family
 from netlink.messages import (
     NLM_F_ACK,
     NLM_F_ACK_TLVS,
-    NLM_F_APPEND,
     NLM_F_CAPPED,
-    NLM_F_CREATE,
     NLM_F_DUMP,
-    NLM_F_EXCL,
     NLMSG_DONE,
     NLMSG_ERROR,
     error_code,
@@ -33,18 +29,16 @@ from netlink.messages import (
     split,
 )
 from netlink.nftables import dump
-from netlink.nftables.objects import Chain, Data, Elements, Map, Rule, Table, encode_element, tlv
+from netlink.nftables.objects import Elements, Map, Table
+from netlink.nftables.operations import Operation, Pairs, encode
 
 NFNL_SUBSYS_NFTABLES = 10
 BATCH_BEGIN, BATCH_END, BATCH_GENERATION = 0x10, 0x11, 1
-NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, NEWSET, DELSET = 0, 2, 3, 5, 6, 9, 11
-NEWSETELEM, DELSETELEM = 12, 14
 
 NLMSGERR_ATTR_MSG, NLMSGERR_ATTR_OFFS = 1, 2
 SOL_NETLINK, NETLINK_CAP_ACK, NETLINK_EXT_ACK = 270, 10, 11
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 
-ELEMENT_BYTES = 60_000  # a nested attribute's length has 16 bits
 RECEIVE_BYTES = 1 << 20
 SMALL_BATCH = 64 << 10
 """What fits any socket's send buffer."""
@@ -65,130 +59,6 @@ class BatchError(NetlinkError):
     def outdated(self) -> bool:
         """Whether the ruleset is no longer of the generation that the batch was made for (ERESTART)."""
         return self.errno == errno.ERESTART
-
-
-@dataclass(frozen=True, slots=True)
-class AddTable:
-    """Make the table; the comment is kept with it and read back by `Nft.table_comment`."""
-
-    comment: str
-
-    def __str__(self) -> str:
-        return "add the table"
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteTable:
-    """Remove the table and all in it."""
-
-    def __str__(self) -> str:
-        return "delete the table"
-
-
-@dataclass(frozen=True, slots=True)
-class AddChain:
-    """Make a chain."""
-
-    chain: Chain
-
-    def __str__(self) -> str:
-        return f"add chain {self.chain.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteChain:
-    """Remove a chain and its rules; nothing may go to it any more."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return f"delete chain {self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class AddRule:
-    """Append a rule to its chain."""
-
-    rule: Rule
-
-    def __str__(self) -> str:
-        return f"add a rule to chain {self.rule.chain} ({self.rule.comment})"
-
-
-@dataclass(frozen=True, slots=True)
-class AddMap:
-    """Make an empty set or map."""
-
-    map: Map
-
-    def __str__(self) -> str:
-        return f"add map {self.map.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteMap:
-    """Remove a set or map, given as such or by name, and its elements; no rule may use it any more."""
-
-    map: Map | str
-
-    @property
-    def name(self) -> str:
-        """The name of the set or map."""
-        return self.map if isinstance(self.map, str) else self.map.name
-
-    def __str__(self) -> str:
-        return f"delete map {self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class AddElements:
-    """Put elements into a map; a key that is there with other data is an error."""
-
-    map: Map
-    elements: Sequence[tuple[bytes, Data]]
-
-    def __str__(self) -> str:
-        return f"add elements to map {self.map.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class EnsureElements:
-    """Put elements into a map unless they are there; a key that is there with other data is an error."""
-
-    map: Map
-    elements: Sequence[tuple[bytes, Data]]
-
-    def __str__(self) -> str:
-        return f"put elements into map {self.map.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteElements:
-    """Take elements out of a map; a key that is not there is an error."""
-
-    map: Map
-    elements: Sequence[tuple[bytes, Data]]
-
-    def __str__(self) -> str:
-        return f"delete elements from map {self.map.name}"
-
-
-Operation = (
-    AddTable
-    | DeleteTable
-    | AddChain
-    | DeleteChain
-    | AddRule
-    | AddMap
-    | DeleteMap
-    | AddElements
-    | EnsureElements
-    | DeleteElements
-)
-
-
-Pairs = Sequence[tuple[bytes, Data]]
-"""Elements on their way into or out of a map."""
 
 
 class Nftables(Protocol):
@@ -236,6 +106,11 @@ class Nft:
     def __exit__(self, *_: object) -> None:
         self._socket.__exit__()
 
+    @property
+    def commits(self) -> int:
+        """Batches that the kernel took."""
+        return self._socket.commits
+
     def commit(self, operations: Sequence[Operation]) -> None:
         """Apply all operations or, with BatchError, none."""
         self._socket.commit((self.table, operations))
@@ -272,6 +147,8 @@ class NftSocket:
         self._send_bytes = SMALL_BATCH
         self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._sequence = 0
+        self.commits = 0
+        """Batches that the kernel took: each raised the generation by one."""
 
     def __enter__(self) -> Self:
         if self._socket is not None:
@@ -298,7 +175,7 @@ class NftSocket:
         encoded = [
             (table, operation, message)
             for index, (table, operation) in enumerate(operations)
-            for message in _encode(table, operation, index)
+            for message in encode(table, operation, index)
         ]
         if not encoded:
             return
@@ -316,6 +193,7 @@ class NftSocket:
             self._open.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, self._send_bytes)
         self._open.send(data)
         self._collect(sent, messages, first + 1)
+        self.commits += 1
 
     def generation(self) -> int:
         """Return the number of the last change that anybody made to this namespace's ruleset; 10 µs."""
@@ -403,71 +281,6 @@ class NftSocket:
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         size = self._open.recv_into(self._received)
         yield from split(bytes(self._received[:size]))
-
-
-def _encode(table: Table, operation: Operation, index: int) -> Iterator[tuple[int, int, bytes, Pairs]]:
-    """Yield (message type, flags, body, the elements in it) for the operation at `index` of a batch."""
-    create = NLM_F_CREATE | NLM_F_EXCL
-    head = text(1, table.name)
-    match operation:
-        case AddTable(comment):
-            userdata = attribute(6, tlv(0, comment.encode() + b"\0"))
-            yield NEWTABLE, create, head + userdata, ()
-        case DeleteTable():
-            yield DELTABLE, 0, head, ()
-        case AddChain(chain):
-            yield NEWCHAIN, create, chain.attributes(table.name), ()
-        case DeleteChain(name):
-            yield DELCHAIN, 0, head + text(3, name), ()
-        case AddRule(rule):
-            yield NEWRULE, NLM_F_CREATE | NLM_F_APPEND, rule.attributes(table.name), ()
-        case AddMap(which):
-            yield NEWSET, create, which.attributes(table.name, table.family, index + 1), ()
-        case DeleteMap():
-            yield DELSET, 0, head + text(2, operation.name), ()
-        case AddElements(which, elements):
-            yield from _encode_elements(NEWSETELEM, create, head, which, elements)
-        case EnsureElements(which, elements):
-            yield from _encode_elements(NEWSETELEM, NLM_F_CREATE, head, which, elements)
-        case DeleteElements(which, elements):
-            yield from _encode_elements(DELSETELEM, 0, head, which, elements)
-
-
-def _encode_elements(
-    kind: int, flags: int, table: bytes, which: Map, elements: Pairs
-) -> Iterator[tuple[int, int, bytes, Pairs]]:
-    head = table + text(2, which.name)
-    for start, encoded in chunks(elements, which):
-        body = head + struct.pack("=HH", sum(map(len, encoded)) + 4, 3 | NLA_F_NESTED) + b"".join(encoded)
-        yield kind, flags, body, elements[start : start + len(encoded)]
-
-
-def chunks(elements: Pairs, which: Map) -> Iterator[tuple[int, list[bytes]]]:
-    """Yield (index of the first, encoded elements) such that each list fits one message.
-
-    The elements of a data map differ in nothing but key and data bytes, so their frame is made once:
-    this is the loop that loads 100,000 elements.
-    """
-    key, data = elements[0] if elements else (b"", b"")
-    if isinstance(data, bytes) and elements and not which.ranges:
-        sample = encode_element(key, data)
-        before, between = sample[:12], sample[12 + len(key) : len(sample) - len(data)]
-        fit = ELEMENT_BYTES // len(sample)
-        for start in range(0, len(elements), fit):
-            part = elements[start : start + fit]
-            yield start, [before + k + between + d for k, d in part]  # type: ignore[operator]
-        return
-    encoded: list[bytes] = []
-    size = start = 0
-    for position, (key, data) in enumerate(elements):
-        element = encode_element(key, data, interval=which.interval, ranges=which.ranges)
-        if size + len(element) > ELEMENT_BYTES:
-            yield start, encoded
-            encoded, size, start = [], 0, position
-        encoded.append(element)
-        size += len(element)
-    if encoded:
-        yield start, encoded
 
 
 def _extended(body: bytes, flags: int) -> tuple[str, int]:

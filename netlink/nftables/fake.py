@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from netlink.family import Family
-from netlink.nftables.batch import (
+from netlink.nftables.batch import BatchError
+from netlink.nftables.expressions import Do, Expression, Lookup, MapLookup, Remember, VerdictLookup
+from netlink.nftables.objects import Chain, Data, Elements, Goto, Map, Rule
+from netlink.nftables.operations import (
     AddChain,
     AddElements,
     AddMap,
     AddRule,
     AddTable,
-    BatchError,
     DeleteChain,
     DeleteElements,
     DeleteMap,
@@ -25,8 +27,6 @@ from netlink.nftables.batch import (
     EnsureElements,
     Operation,
 )
-from netlink.nftables.expressions import Do, Expression, Lookup, MapLookup, Remember, VerdictLookup
-from netlink.nftables.objects import Chain, Data, Elements, Goto, Map, Rule
 
 
 @dataclass(slots=True)

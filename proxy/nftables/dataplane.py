@@ -6,17 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from netlink.nftables.batch import (
-    AddChain,
-    AddElements,
-    AddRule,
-    BatchError,
-    DeleteElements,
-    DeleteTable,
-    Nftables,
-    Operation,
-)
+from netlink.nftables.batch import BatchError, Nftables
 from netlink.nftables.objects import Data, Elements, Map
+from netlink.nftables.operations import AddChain, AddElements, AddRule, DeleteElements, DeleteTable, Operation
 from proxy.frontends import Action, Frontend, Origin
 from proxy.nftables import parts, ruleset
 from proxy.nftables.elements import (

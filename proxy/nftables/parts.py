@@ -18,16 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from netlink.family import Family
-from netlink.nftables.batch import (
-    AddChain,
-    AddElements,
-    AddMap,
-    AddRule,
-    DeleteChain,
-    DeleteElements,
-    DeleteMap,
-    Operation,
-)
 from netlink.nftables.expressions import (
     Constant,
     Dnat,
@@ -39,6 +29,16 @@ from netlink.nftables.expressions import (
     VerdictLookup,
 )
 from netlink.nftables.objects import Chain, Data, Field, Goto, Map, Rule
+from netlink.nftables.operations import (
+    AddChain,
+    AddElements,
+    AddMap,
+    AddRule,
+    DeleteChain,
+    DeleteElements,
+    DeleteMap,
+    Operation,
+)
 from proxy.frontends import Action, Frontend, Masquerade
 from proxy.nftables.ruleset import (
     COMMON_SHAPES,

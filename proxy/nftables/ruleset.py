@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from netlink.family import Family
-from netlink.nftables.batch import AddChain, AddMap, AddRule, AddTable, Operation
 from netlink.nftables.expressions import (
     IPS_DST_NAT,
     RTN_LOCAL,
@@ -48,6 +47,7 @@ from netlink.nftables.objects import (
     Rule,
 )
 from netlink.nftables.objects import Base as BaseChain
+from netlink.nftables.operations import AddChain, AddMap, AddRule, AddTable, Operation
 from proxy.frontends import Masquerade as MasqueradePolicy
 
 TABLE = "podwire"

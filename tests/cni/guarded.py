@@ -21,7 +21,8 @@ from cni.tables import TABLES, PodRules
 from ipam.records import HostPort
 from netlink import announce, netns
 from netlink.family import Family
-from netlink.nftables.batch import DeleteTable, NftSocket
+from netlink.nftables.batch import NftSocket
+from netlink.nftables.operations import DeleteTable
 from netlink.requests import (
     Request,
     Route,

@@ -15,10 +15,11 @@ from cni.tables import BY_ADDRESS, BY_PORT, HAIRPIN, IPV4, IPV6, LIMITS, MACS, P
 from ipam.records import HostPort
 from netlink import netns
 from netlink.family import Family
-from netlink.nftables.batch import AddChain, AddElements, AddMap, AddRule, DeleteElements, NftSocket
+from netlink.nftables.batch import NftSocket
 from netlink.nftables.expressions import LimitOver
 from netlink.nftables.fake import FakeNft
 from netlink.nftables.objects import BRIDGE, Map, TableFamily
+from netlink.nftables.operations import AddChain, AddElements, AddMap, AddRule, DeleteElements
 
 PORTS = (
     HostPort(6, 80, 8080),

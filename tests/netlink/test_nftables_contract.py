@@ -11,22 +11,20 @@ import pytest
 from netlink import netns
 from netlink.errors import NetlinkError
 from netlink.family import Family
-from netlink.nftables.batch import (
+from netlink.nftables.batch import BatchError, Nft, Nftables
+from netlink.nftables.expressions import Do, LimitOver, Meta, MetaKey, Verdict, VerdictLookup
+from netlink.nftables.objects import Chain, Field, Goto, Map, Rule
+from netlink.nftables.operations import (
     AddChain,
     AddElements,
     AddMap,
     AddRule,
     AddTable,
-    BatchError,
     DeleteChain,
     DeleteElements,
     DeleteTable,
     EnsureElements,
-    Nft,
-    Nftables,
 )
-from netlink.nftables.expressions import Do, LimitOver, Meta, MetaKey, Verdict, VerdictLookup
-from netlink.nftables.objects import Chain, Field, Goto, Map, Rule
 from tests.netlink.nft import Use, reloaded
 
 PORTS = Map("ports", (Field.L4PROTO, Field.DPORT), verdicts=True)

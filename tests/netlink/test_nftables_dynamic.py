@@ -14,20 +14,7 @@ import pytest
 
 from netlink import netns
 from netlink.family import Family
-from netlink.nftables.batch import (
-    AddChain,
-    AddElements,
-    AddMap,
-    AddRule,
-    AddTable,
-    BatchError,
-    DeleteChain,
-    DeleteMap,
-    DeleteTable,
-    Nft,
-    Nftables,
-    Operation,
-)
+from netlink.nftables.batch import BatchError, Nft, Nftables
 from netlink.nftables.expressions import (
     Base,
     Cmp,
@@ -49,6 +36,17 @@ from netlink.nftables.expressions import (
 from netlink.nftables.fake import FakeNft
 from netlink.nftables.objects import PRIORITY_DSTNAT, Chain, Field, Goto, Hook, Map, Rule
 from netlink.nftables.objects import Base as BaseChain
+from netlink.nftables.operations import (
+    AddChain,
+    AddElements,
+    AddMap,
+    AddRule,
+    AddTable,
+    DeleteChain,
+    DeleteMap,
+    DeleteTable,
+    Operation,
+)
 from netlink.nftables.trace import Packet, outcomes
 from tests.netlink.nft import Use, loaded_again, own, reloaded
 

@@ -12,23 +12,21 @@ import pytest
 
 from netlink import netns
 from netlink.family import Family
-from netlink.nftables.batch import (
+from netlink.nftables.batch import BatchError, Nft, Nftables
+from netlink.nftables.expressions import Base, Do, Expression, Lookup, Meta, MetaKey, Payload, Verdict
+from netlink.nftables.fake import FakeNft
+from netlink.nftables.objects import Base as BaseChain
+from netlink.nftables.objects import Chain, Data, Field, Hook, Map, Rule
+from netlink.nftables.operations import (
     AddChain,
     AddElements,
     AddMap,
     AddRule,
     AddTable,
-    BatchError,
     DeleteElements,
     EnsureElements,
-    Nft,
-    Nftables,
     Operation,
 )
-from netlink.nftables.expressions import Base, Do, Expression, Lookup, Meta, MetaKey, Payload, Verdict
-from netlink.nftables.fake import FakeNft
-from netlink.nftables.objects import Base as BaseChain
-from netlink.nftables.objects import Chain, Data, Field, Hook, Map, Rule
 from netlink.nftables.trace import Packet, outcomes
 from tests.netlink.nft import Use, own, reloaded
 

@@ -10,17 +10,7 @@ import pytest
 
 from netlink import netns
 from netlink.family import Family
-from netlink.nftables.batch import (
-    AddChain,
-    AddElements,
-    AddMap,
-    AddRule,
-    AddTable,
-    BatchError,
-    DeleteTable,
-    NftSocket,
-    Operation,
-)
+from netlink.nftables.batch import BatchError, NftSocket
 from netlink.nftables.expressions import (
     Base,
     Bitwise,
@@ -35,6 +25,15 @@ from netlink.nftables.expressions import (
     Verdict,
 )
 from netlink.nftables.objects import BRIDGE, Chain, Field, Map, Rule, Table, TableFamily
+from netlink.nftables.operations import (
+    AddChain,
+    AddElements,
+    AddMap,
+    AddRule,
+    AddTable,
+    DeleteTable,
+    Operation,
+)
 from tests.netlink.nft import reloaded
 
 FAMILIES: tuple[TableFamily, ...] = (*Family, BRIDGE)

@@ -12,7 +12,8 @@ from cni.wiring import Mode
 from ipam.ledger import Ledger, LedgerBusy
 from netlink import netns
 from netlink.family import Family
-from netlink.nftables.batch import DeleteTable, Nft
+from netlink.nftables.batch import Nft
+from netlink.nftables.operations import DeleteTable
 from netlink.requests import (
     ROUTE_PROTOCOL,
     Route,

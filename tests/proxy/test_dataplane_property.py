@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from netlink import netns
 from netlink.family import Family
-from netlink.nftables.batch import DeleteTable, Nft, Nftables
+from netlink.nftables.batch import Nft, Nftables
 from netlink.nftables.fake import FakeNft
+from netlink.nftables.operations import DeleteTable
 from node.store import Store
 from proxy.frontends import frontends
 from proxy.model import (

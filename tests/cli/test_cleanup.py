@@ -1,0 +1,115 @@
+"""`podwire cleanup --kube-proxy`: takes away what doctor reports, and says what it did or could not do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from netlink import netns
+from netlink.family import Family
+from node.leftovers import Leftover, Removal
+from node.leftovers import remove as remove_leftovers
+from node.xtables import Variant
+from tests.node.kube_proxy import SVC, load, load_everywhere, ruleset, running_in, saved, saved_everywhere
+from tests.node.world import podwire
+
+NAT = "*nat\n:KUBE-SERVICES - [0:0]\n-A OUTPUT -j KUBE-SERVICES\nCOMMIT\n"
+WHERE = "in table nat of iptables-legacy (IPv4)"
+WHAT = f"1 chain with 0 rules and 1 jump from OUTPUT {WHERE}"
+
+
+@pytest.fixture
+def node(namespaces: Callable[[], str]) -> str:
+    """A node with one chain of kube-proxy."""
+    name = namespaces()
+    netns.run(name, load, Variant.LEGACY, Family.V4, NAT)
+    return name
+
+
+def cleanup(node: str, *words: str) -> tuple[int, str, str]:
+    return netns.run(node, podwire, "cleanup", "--kube-proxy", *words)
+
+
+def test_what_doctor_reports_goes_and_a_second_time_finds_nothing(namespaces: Callable[[], str]) -> None:
+    node = namespaces()
+    netns.run(node, load_everywhere)
+    status, out, err = cleanup(node)
+    assert (status, err) == (0, "")
+    lines = [line for line in out.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 12
+    assert all(line.startswith("removed ") for line in lines)
+    assert netns.run(node, podwire, "doctor")[0] == 0
+    status, out, err = cleanup(node)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == "nothing of kube-proxy's was found"
+
+
+def test_a_dry_run_says_the_same_and_changes_nothing(namespaces: Callable[[], str]) -> None:
+    node = namespaces()
+    netns.run(node, load_everywhere)
+    before = netns.run(node, saved_everywhere), netns.run(node, ruleset)
+    status, dry, err = cleanup(node, "--dry-run")
+    assert (status, err) == (0, "")
+    assert (netns.run(node, saved_everywhere), netns.run(node, ruleset)) == before
+    _, out, _ = cleanup(node)
+    assert dry.replace("would remove ", "removed ") == out
+
+
+def test_what_was_removed_as_json(node: str) -> None:
+    status, out, _ = cleanup(node, "-o", "json")
+    assert status == 0
+    assert json.loads(out) == {
+        "dry_run": False,
+        "removed": [{"kind": "iptables", "what": WHAT, "names": ["KUBE-SERVICES"]}],
+        "failures": [],
+        "notes": [],
+    }
+
+
+def test_while_kube_proxy_runs_it_refuses_but_with_force(node: str, tmp_path: Path) -> None:
+    with running_in(node, tmp_path) as process:
+        sentence = (
+            f"kube-proxy runs (process {process}) and would write it all again: stop it, or use --force"
+        )
+        assert cleanup(node) == (1, "", f"podwire: {sentence}\n")
+        assert "KUBE-SERVICES" in netns.run(node, saved, Variant.LEGACY, Family.V4)
+        assert cleanup(node, "--dry-run") == (0, f"would remove {WHAT}\n", "")
+        assert cleanup(node, "--force") == (0, f"removed {WHAT}\n", "")
+    assert "KUBE-SERVICES" not in netns.run(node, saved, Variant.LEGACY, Family.V4)
+
+
+def test_what_could_not_be_removed_is_one_sentence_and_status_1(
+    namespaces: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody uses a chain between the look and the removal."""
+    node = namespaces()
+    netns.run(node, load_everywhere)
+
+    def remove(leftovers: tuple[Leftover, ...]) -> Removal:
+        load(Variant.NFT, Family.V6, f"*nat\n-A MINE -j {SVC}\nCOMMIT\n")
+        return remove_leftovers(leftovers)
+
+    monkeypatch.setattr("node.leftovers.remove", remove)
+    status, out, err = cleanup(node)
+    assert status == 1
+    assert len([line for line in out.splitlines() if line.startswith("removed ")]) == 11
+    place = "in table nat of iptables-nft (IPv6): ip6tables-nft-restore failed: "
+    assert err.startswith("podwire: cannot remove 9 chains ")
+    assert place in err
+    assert len(err.splitlines()) == 1
+    assert SVC in netns.run(node, saved, Variant.NFT, Family.V6)
+
+
+def test_what_to_clean_up_must_be_said() -> None:
+    status, out, err = podwire("cleanup")
+    assert (status, out) == (2, "")
+    assert "--kube-proxy" in err
+
+
+def test_without_root_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert podwire("cleanup", "--kube-proxy") == (1, "", "podwire: cleanup needs root\n")
