@@ -56,6 +56,7 @@ def add_parser(commands: Any) -> None:
         help="this node's Node object (default: host name)",
     )
     _add_pods(parser)
+    _add_services(parser)
     add_paths(parser)
     parser.add_argument(
         "--metrics-bind-address",
@@ -117,6 +118,24 @@ def _add_pods(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_services(parser: argparse.ArgumentParser) -> None:
+    services = parser.add_argument_group("services")
+    services.add_argument(
+        "--nodeport-addresses",
+        action="append",
+        default=[],
+        metavar="CIDR",
+        help="node ports are on the node's addresses in this range; can be repeated; `primary`, the default, "
+        "are the addresses in its Node object",
+    )
+    services.add_argument(
+        "--conntrack-tcp-be-liberal",
+        action="store_true",
+        help="let connection tracking pass TCP packets outside the window, which otherwise may reset a "
+        "connection to a service (sets net.netfilter.nf_conntrack_tcp_be_liberal)",
+    )
+
+
 def run_daemon(args: argparse.Namespace) -> int:
     """Run the daemon until it is stopped."""
     from ipam.ledger import LedgerError
@@ -137,6 +156,7 @@ def run_daemon(args: argparse.Namespace) -> int:
         metrics_address=args.metrics_bind_address,
         healthz_address=args.healthz_bind_address,
         cni_conf_dir=args.cni_conf_dir,
+        tcp_be_liberal=args.conntrack_tcp_be_liberal,
     )
     level = logging.DEBUG if args.verbose else logging.INFO
     logging.basicConfig(stream=sys.stderr, level=level, format=LOG_FORMAT)
@@ -153,6 +173,12 @@ def _sync_config(args: argparse.Namespace) -> SyncConfig:
 
     for cidr in args.no_masquerade_cidr:
         _check_cidr("--no-masquerade-cidr", cidr)
+    node_ports = [part for value in args.nodeport_addresses for part in value.split(",")]
+    if "primary" in node_ports and len(node_ports) > 1:
+        raise CommandError("--nodeport-addresses primary stands alone: it is no range")
+    node_ports = [cidr for cidr in node_ports if cidr != "primary"]
+    for cidr in node_ports:
+        _check_cidr("--nodeport-addresses", cidr)
     if args.mtu is not None and not 576 <= args.mtu <= 65535:
         raise CommandError(f"--mtu {args.mtu} is not between 576 and 65535")
     families = {"both": set(Family), "ipv4": {Family.V4}, "ipv6": {Family.V6}, "none": set()}
@@ -164,6 +190,7 @@ def _sync_config(args: argparse.Namespace) -> SyncConfig:
         masquerade=frozenset(families[args.masquerade]),
         ipam=_ipam_config(args),
         uplink=args.flat_interface,
+        node_port_addresses=tuple(node_ports),
     )
 
 

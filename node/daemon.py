@@ -56,6 +56,7 @@ class DaemonConfig:
     metrics_address: str
     healthz_address: str
     cni_conf_dir: Path | None = None
+    tcp_be_liberal: bool = False
 
 
 class Daemon:
@@ -80,16 +81,23 @@ class Daemon:
             ledger = stack.enter_context(ledger_of(config.state_dir, background_checkpoints=True))
             if ledger.reclaimed:
                 log.info("%d attachments of an earlier boot were freed", ledger.reclaimed)
-            for problem in underlay.forward_packets():
+            liberal = underlay.be_liberal() if config.tcp_be_liberal else []
+            for problem in (*underlay.forward_packets(), *liberal):
                 log.warning("%s", problem)
             reaper = stack.enter_context(Reaper(ledger, config.state_dir))
             reaper.recover()
             syncer = stack.enter_context(Syncer(config.sync, ledger))
             rules = stack.enter_context(rules_for(ledger))
             self._health = stack.enter_context(HealthChecks(self._ready))
-            keeper = Keeper(rules, syncer.intact, lambda: _forget_stale_flows(ledger, reaper))
-            plugin = Plugin(ledger, config.state_dir, reaper.submit, reaper.settle, rules)
             inspect = InspectService(config.sync, ledger, syncer, self._ready)
+            keeper = Keeper(
+                rules,
+                intact=syncer.intact,
+                commits=lambda: syncer.commits,
+                mended=lambda: _forget_stale_flows(ledger, reaper),
+                suspect=syncer.suspect,
+            )
+            plugin = Plugin(ledger, config.state_dir, reaper.submit, reaper.settle, rules)
             pages = self._pages(syncer, ledger)
             health = {path: pages[path] for path in ("/healthz", "/livez")}  # all that strangers may see
             stack.enter_context(web.serving(config.metrics_address, pages))
@@ -146,7 +154,7 @@ class Daemon:
         first = not self._synced.is_set()
         with self._metrics.sync.time():
             syncer.sync(pending)
-        self._health.update(syncer.health_checks, syncer.node_port_addresses())
+        self._health.update(syncer.health_checks, syncer.served_addresses)
         self._metrics.failures.set(0)
         self._metrics.last_sync.set(syncer.status.last_sync)
         self._metrics.latency.observe(time.monotonic() - pending.since)

@@ -2,7 +2,8 @@
 
 Every change of any ruleset raises the kernel's generation number, and asking for it takes microseconds; so
 the tables themselves are only looked at when it has moved. Listening to nftables' events instead would make
-the kernel write one for each of our own elements, 100,000 when services are loaded.
+the kernel write one for each of our own elements, 100,000 when services are loaded. As each batch raises
+the number by one, it also tells whether anybody else changed something.
 """
 
 from __future__ import annotations
@@ -22,21 +23,28 @@ LOOK_SECONDS = 1.0
 class Keeper:
     """The watch over the tables of pods and services; used by one thread.
 
-    `intact` tells whether the service proxy's tables are; `mended` is called when those of pods were not.
+    `intact` tells whether the service proxy's tables have all of their rules, and `commits` how many batches
+    it has committed. `mended` is called when the rules of pods were not whole, and `suspect` when somebody
+    else changed some ruleset, be it one element of the service proxy's.
     """
 
     def __init__(
         self,
         rules: Rules,
         intact: Callable[[], bool],
+        commits: Callable[[], int],
         mended: Callable[[], None],
+        suspect: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rules = rules
         self._intact = intact
+        self._commits = commits
         self._mended = mended
+        self._suspect = suspect
         self._clock = clock
         self._seen: int | None = None
+        self._others: int | None = None
         self._looked = float("-inf")
 
     def look(self) -> bool:
@@ -44,10 +52,14 @@ class Keeper:
         now = self._clock()
         if now - self._looked < LOOK_SECONDS:
             return True
-        generation = self._rules.generation()
+        generation, own = self._rules.generation()
         if generation == self._seen:
             return True
         self._looked = now
+        others = generation - own - self._commits()
+        if self._others not in (None, others):
+            self._suspect()
+        self._others = others
         changed = self._rules.reconcile()
         if changed and self._seen is not None:
             log.warning("somebody changed the rules of pods: %d elements or tables set again", changed)

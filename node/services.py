@@ -35,6 +35,7 @@ class ServiceProxy:
         self._addresses = addresses
         self._stack = ExitStack()
         self._dataplanes: dict[Family, Dataplane] = {}
+        self._tables: list[Nft] = []
         self._refused: dict[ObjectName, str] = {}
         self._place = Place("")
         self._checked: set[ObjectName] = set()
@@ -53,6 +54,11 @@ class ServiceProxy:
     def elements(self) -> int:
         """Map elements in the kernel."""
         return sum(d.elements for d in self._dataplanes.values())
+
+    @property
+    def commits(self) -> int:
+        """Batches that were committed."""
+        return sum(nft.commits for nft in self._tables)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -90,16 +96,18 @@ class ServiceProxy:
         services = (snapshot.services[name] for name in self._checked)
         return checks(services, snapshot.slices, self._place.node)
 
-    def apply(self, changes: list[Change], families: set[Family], ranges: NodeRanges | None) -> None:
+    def apply(self, changes: list[Change], families: set[Family], ranges: NodeRanges | None) -> bool:
         """Bring changes to the kernel; everything is compared if the last time failed, or a family is new.
 
-        A service that the kernel refuses is left out, with a sentence, and the rest is set. Raises
-        NetlinkError when it refuses anything else; the next call then compares everything. `ranges` None:
-        they are as they were.
+        Return whether everything was. A service that the kernel refuses is left out, with a sentence, and
+        the rest is set. Raises NetlinkError when it refuses anything else; the next call then compares
+        everything. `ranges` None: they are as they were.
         """
         loaded, self._loaded = self._loaded and families <= self._dataplanes.keys(), False
         for family in families - self._dataplanes.keys():
-            self._dataplanes[family] = Dataplane(self._stack.enter_context(Nft(family, TABLE)))
+            nft = self._stack.enter_context(Nft(family, TABLE))
+            self._tables.append(nft)
+            self._dataplanes[family] = Dataplane(nft)
         self._ranges = ranges or self._ranges
         try:
             if loaded:
@@ -110,6 +118,7 @@ class ServiceProxy:
             self._leave_out(error)
         self._loaded = True
         self._forget_connections(changes if loaded else [Change(None, f) for f in self.table])
+        return not loaded
 
     def compare(self) -> None:
         """Let the next `apply` compare everything with the kernel."""

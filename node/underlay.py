@@ -19,6 +19,7 @@ log = logging.getLogger("podwire.underlay")
 FORWARDING_V6 = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 FORWARDING = (Path("/proc/sys/net/ipv4/ip_forward"), FORWARDING_V6)
 CONF_V6 = Path("/proc/sys/net/ipv6/conf")
+TCP_BE_LIBERAL = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal")
 ACCEPT, ACCEPT_WHILE_FORWARDING = "1", "2"  # Documentation/networking/ip-sysctl: accept_ra
 ROUTER_ADVERTISEMENT = 9
 """RTPROT_RA: a route that the kernel made from a router advertisement. Whoever handles these itself, as
@@ -45,6 +46,19 @@ def forward_packets() -> list[str]:
         except OSError as error:
             problems.append(f"{path} cannot be set to 1: {error.strerror}; pods will not reach other nodes")
     return problems
+
+
+def be_liberal() -> list[str]:
+    """Let connection tracking pass TCP packets that it takes for out of window; a sentence if it cannot.
+
+    It calls what it cannot place invalid, and no translation is done on that: the client sees an answer from
+    the endpoint's own address, and resets the connection (kubernetes#74839).
+    """
+    try:
+        TCP_BE_LIBERAL.write_text("1")
+    except OSError as error:
+        return [f"{TCP_BE_LIBERAL} cannot be set to 1: {error.strerror}"]
+    return []
 
 
 def _keep_advertised_routes() -> None:

@@ -18,13 +18,26 @@ class Scene:
     changed: int = 0
     looks: list[float] = field(default_factory=list)
     mended: int = 0
+    suspected: int = 0
+    own: int = 0
+    services: int = 0
 
     def mend(self) -> None:
         self.mended += 1
 
+    def suspect(self) -> None:
+        self.suspected += 1
+
     def keeper(self) -> Keeper:
         clock: Callable[[], float] = lambda: self.now  # noqa: E731
-        return Keeper(cast(Rules, FakeRules(self)), lambda: self.intact, self.mend, clock)
+        return Keeper(
+            cast(Rules, FakeRules(self)),
+            lambda: self.intact,
+            lambda: self.services,
+            self.mend,
+            self.suspect,
+            clock,
+        )
 
 
 class FakeRules:
@@ -33,8 +46,8 @@ class FakeRules:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
 
-    def generation(self) -> int:
-        return self._scene.generation
+    def generation(self) -> tuple[int, int]:
+        return self._scene.generation, self._scene.own
 
     def reconcile(self) -> int:
         self._scene.looks.append(self._scene.now)
@@ -79,3 +92,15 @@ def test_what_had_to_be_set_again_is_told_but_not_the_first_making() -> None:
     scene.now, scene.generation = 5.0, 2
     keeper.look()
     assert scene.mended == 1
+
+
+def test_only_changes_of_others_make_elements_suspect() -> None:
+    scene = Scene(generation=7, own=2, services=3)
+    keeper = scene.keeper()
+    keeper.look()
+    scene.now, scene.generation, scene.own, scene.services = 5.0, 12, 5, 5
+    keeper.look()
+    assert scene.suspected == 0
+    scene.now, scene.generation = 10.0, 13
+    keeper.look()
+    assert scene.suspected == 1

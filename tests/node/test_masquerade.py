@@ -21,11 +21,17 @@ def test_pods_and_nodes_are_exempt_and_so_is_what_the_user_names() -> None:
             "10.244.1.0/24", "fd00:1::/64", "10.244.2.0/24",
             "192.168.50.11/32", "fd00:50::11/128", "192.168.50.12/32", *ALWAYS_KEPT, "10.0.0.0/8",
         ),
+        node_ports=("192.168.50.11/32", "fd00:50::11/128"),
     )  # fmt: skip
 
 
 def test_without_nodes_only_link_local_and_multicast_are_exempt() -> None:
-    assert ranges({}, "node1") == NodeRanges(no_masquerade=ALWAYS_KEPT)
+    assert ranges({}, "node1") == NodeRanges(no_masquerade=ALWAYS_KEPT, node_ports=())
+
+
+def test_node_ports_are_on_the_nodes_own_addresses_unless_the_user_names_ranges() -> None:
+    assert ranges(NODES, "node2").node_ports == ("192.168.50.12/32",)
+    assert ranges(NODES, "node2", node_ports=("10.0.0.0/8", "::/0")).node_ports == ("10.0.0.0/8", "::/0")
 
 
 def test_where_a_family_is_not_masqueraded_no_pod_of_this_node_is_and_nothing_else_changes() -> None:
