@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rpodwire.proto\x12\npodwire.v1\"\x92\x01\n\nCniRequest\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontainer_id\x18\x02 \x01(\t\x12\r\n\x05netns\x18\x03 \x01(\t\x12\x0e\n\x06ifname\x18\x04 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x05 \x01(\t\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x07 \x01(\x0c\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"-\n\x08\x43niReply\x12\x11\n\texit_code\x18\x01 \x01(\r\x12\x0e\n\x06stdout\x18\x02 \x01(\x0c\"\r\n\x0bPodsRequest\"*\n\tPodsReply\x12\x1d\n\x04pods\x18\x01 \x03(\x0b\x32\x0f.podwire.v1.Pod\"\x82\x01\n\x03Pod\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0e\n\x06ifname\x18\x02 \x01(\t\x12\r\n\x05netns\x18\x03 \x01(\t\x12\x13\n\x0bhost_ifname\x18\x04 \x01(\t\x12\x11\n\taddresses\x18\x05 \x03(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\"#\n\x10\x46rontendsRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"9\n\x0e\x46rontendsReply\x12\'\n\tfrontends\x18\x01 \x03(\x0b\x32\x14.podwire.v1.Frontend\"\x91\x01\n\x08\x46rontend\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05match\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x0e\n\x06origin\x18\x05 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x06 \x01(\t\x12\x12\n\nmasquerade\x18\x07 \x01(\t\x12\x11\n\tendpoints\x18\x08 \x03(\t\"\x0f\n\rRoutesRequest\"0\n\x0bRoutesReply\x12!\n\x06routes\x18\x01 \x03(\x0b\x32\x11.podwire.v1.Route\"7\n\x05Route\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0b\n\x03via\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\"\x0f\n\rHealthRequest\"\xcb\x01\n\x0bHealthReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x11\n\tdataplane\x18\x04 \x01(\t\x12\x11\n\tpod_cidrs\x18\x05 \x03(\t\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x11\n\tlast_sync\x18\x07 \x01(\x01\x12\x10\n\x08services\x18\x08 \x01(\r\x12\x11\n\tfrontends\x18\t \x01(\r\x12\x10\n\x08\x65lements\x18\n \x01(\r\x12\x10\n\x08problems\x18\x0b \x03(\t2\x98\x02\n\x03\x43ni\x12\x36\n\x06\x41ttach\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x36\n\x06\x44\x65tach\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x35\n\x05\x43heck\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x32\n\x02Gc\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x36\n\x06Status\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply2\x84\x02\n\x07Inspect\x12\x36\n\x04Pods\x12\x17.podwire.v1.PodsRequest\x1a\x15.podwire.v1.PodsReply\x12\x45\n\tFrontends\x12\x1c.podwire.v1.FrontendsRequest\x1a\x1a.podwire.v1.FrontendsReply\x12<\n\x06Routes\x12\x19.podwire.v1.RoutesRequest\x1a\x17.podwire.v1.RoutesReply\x12<\n\x06Health\x12\x19.podwire.v1.HealthRequest\x1a\x17.podwire.v1.HealthReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rpodwire.proto\x12\npodwire.v1\"\x92\x01\n\nCniRequest\x12\x0f\n\x07\x63ommand\x18\x01 \x01(\t\x12\x14\n\x0c\x63ontainer_id\x18\x02 \x01(\t\x12\r\n\x05netns\x18\x03 \x01(\t\x12\x0e\n\x06ifname\x18\x04 \x01(\t\x12\x0c\n\x04\x61rgs\x18\x05 \x01(\t\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0e\n\x06\x63onfig\x18\x07 \x01(\x0c\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"-\n\x08\x43niReply\x12\x11\n\texit_code\x18\x01 \x01(\r\x12\x0e\n\x06stdout\x18\x02 \x01(\x0c\"\r\n\x0bPodsRequest\"*\n\tPodsReply\x12\x1d\n\x04pods\x18\x01 \x03(\x0b\x32\x0f.podwire.v1.Pod\"\x82\x01\n\x03Pod\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0e\n\x06ifname\x18\x02 \x01(\t\x12\r\n\x05netns\x18\x03 \x01(\t\x12\x13\n\x0bhost_ifname\x18\x04 \x01(\t\x12\x11\n\taddresses\x18\x05 \x03(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0f\n\x07\x63reated\x18\x07 \x01(\x01\"\"\n\x0fServicesRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"6\n\rServicesReply\x12%\n\x08services\x18\x01 \x03(\x0b\x32\x13.podwire.v1.Service\"\x8d\x03\n\x07Service\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63luster_ips\x18\x02 \x03(\t\x12\x14\n\x0c\x65xternal_ips\x18\x03 \x03(\t\x12\x14\n\x0c\x62\x61lancer_ips\x18\x04 \x03(\t\x12\x15\n\rsource_ranges\x18\x05 \x03(\t\x12&\n\x05ports\x18\x06 \x03(\x0b\x32\x17.podwire.v1.ServicePort\x12\x17\n\x0finternal_policy\x18\x07 \x01(\t\x12\x17\n\x0f\x65xternal_policy\x18\x08 \x01(\t\x12\x18\n\x10\x61\x66\x66inity_seconds\x18\t \x01(\r\x12\x13\n\x0bhealth_port\x18\n \x01(\r\x12\x16\n\x0e\x65ndpoints_used\x18\x0b \x01(\r\x12\x17\n\x0f\x65ndpoints_known\x18\x0c \x01(\r\x12\x10\n\x08problems\x18\r \x03(\t\x12\'\n\tfrontends\x18\x0e \x03(\x0b\x32\x14.podwire.v1.Frontend\x12\'\n\tendpoints\x18\x0f \x03(\x0b\x32\x14.podwire.v1.Endpoint\"N\n\x0bServicePort\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x0c\n\x04port\x18\x03 \x01(\r\x12\x11\n\tnode_port\x18\x04 \x01(\r\"v\n\x08\x45ndpoint\x12\x0c\n\x04port\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\r\n\x05local\x18\x04 \x01(\x08\x12\x0c\n\x04used\x18\x05 \x01(\t\x12\x0b\n\x03why\x18\x06 \x01(\t\x12\x13\n\x0b\x63onnections\x18\x07 \x01(\r\"#\n\x10\x46rontendsRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"9\n\x0e\x46rontendsReply\x12\'\n\tfrontends\x18\x01 \x03(\x0b\x32\x14.podwire.v1.Frontend\"\xe5\x01\n\x08\x46rontend\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05match\x18\x02 \x01(\t\x12\x10\n\x08protocol\x18\x03 \x01(\t\x12\x0c\n\x04port\x18\x04 \x01(\r\x12\x0e\n\x06origin\x18\x05 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x06 \x01(\t\x12\x12\n\nmasquerade\x18\x07 \x01(\t\x12\x11\n\tendpoints\x18\x08 \x03(\t\x12\x18\n\x10\x61\x66\x66inity_seconds\x18\t \x01(\r\x12\x12\n\nrestricted\x18\n \x01(\x08\x12\x0f\n\x07sources\x18\x0b \x03(\t\x12\x13\n\x0b\x63onnections\x18\x0c \x01(\r\"\x0f\n\rRoutesRequest\"0\n\x0bRoutesReply\x12!\n\x06routes\x18\x01 \x03(\x0b\x32\x11.podwire.v1.Route\"7\n\x05Route\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0b\n\x03via\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\"\x0f\n\rHealthRequest\"\xcb\x01\n\x0bHealthReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x11\n\tdataplane\x18\x04 \x01(\t\x12\x11\n\tpod_cidrs\x18\x05 \x03(\t\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x11\n\tlast_sync\x18\x07 \x01(\x01\x12\x10\n\x08services\x18\x08 \x01(\r\x12\x11\n\tfrontends\x18\t \x01(\r\x12\x10\n\x08\x65lements\x18\n \x01(\r\x12\x10\n\x08problems\x18\x0b \x03(\t2\x98\x02\n\x03\x43ni\x12\x36\n\x06\x41ttach\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x36\n\x06\x44\x65tach\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x35\n\x05\x43heck\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x32\n\x02Gc\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply\x12\x36\n\x06Status\x12\x16.podwire.v1.CniRequest\x1a\x14.podwire.v1.CniReply2\xc8\x02\n\x07Inspect\x12\x36\n\x04Pods\x12\x17.podwire.v1.PodsRequest\x1a\x15.podwire.v1.PodsReply\x12\x42\n\x08Services\x12\x1b.podwire.v1.ServicesRequest\x1a\x19.podwire.v1.ServicesReply\x12\x45\n\tFrontends\x12\x1c.podwire.v1.FrontendsRequest\x1a\x1a.podwire.v1.FrontendsReply\x12<\n\x06Routes\x12\x19.podwire.v1.RoutesRequest\x1a\x17.podwire.v1.RoutesReply\x12<\n\x06Health\x12\x19.podwire.v1.HealthRequest\x1a\x17.podwire.v1.HealthReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,24 +41,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PODSREPLY']._serialized_end=282
   _globals['_POD']._serialized_start=285
   _globals['_POD']._serialized_end=415
-  _globals['_FRONTENDSREQUEST']._serialized_start=417
-  _globals['_FRONTENDSREQUEST']._serialized_end=452
-  _globals['_FRONTENDSREPLY']._serialized_start=454
-  _globals['_FRONTENDSREPLY']._serialized_end=511
-  _globals['_FRONTEND']._serialized_start=514
-  _globals['_FRONTEND']._serialized_end=659
-  _globals['_ROUTESREQUEST']._serialized_start=661
-  _globals['_ROUTESREQUEST']._serialized_end=676
-  _globals['_ROUTESREPLY']._serialized_start=678
-  _globals['_ROUTESREPLY']._serialized_end=726
-  _globals['_ROUTE']._serialized_start=728
-  _globals['_ROUTE']._serialized_end=783
-  _globals['_HEALTHREQUEST']._serialized_start=785
-  _globals['_HEALTHREQUEST']._serialized_end=800
-  _globals['_HEALTHREPLY']._serialized_start=803
-  _globals['_HEALTHREPLY']._serialized_end=1006
-  _globals['_CNI']._serialized_start=1009
-  _globals['_CNI']._serialized_end=1289
-  _globals['_INSPECT']._serialized_start=1292
-  _globals['_INSPECT']._serialized_end=1552
+  _globals['_SERVICESREQUEST']._serialized_start=417
+  _globals['_SERVICESREQUEST']._serialized_end=451
+  _globals['_SERVICESREPLY']._serialized_start=453
+  _globals['_SERVICESREPLY']._serialized_end=507
+  _globals['_SERVICE']._serialized_start=510
+  _globals['_SERVICE']._serialized_end=907
+  _globals['_SERVICEPORT']._serialized_start=909
+  _globals['_SERVICEPORT']._serialized_end=987
+  _globals['_ENDPOINT']._serialized_start=989
+  _globals['_ENDPOINT']._serialized_end=1107
+  _globals['_FRONTENDSREQUEST']._serialized_start=1109
+  _globals['_FRONTENDSREQUEST']._serialized_end=1144
+  _globals['_FRONTENDSREPLY']._serialized_start=1146
+  _globals['_FRONTENDSREPLY']._serialized_end=1203
+  _globals['_FRONTEND']._serialized_start=1206
+  _globals['_FRONTEND']._serialized_end=1435
+  _globals['_ROUTESREQUEST']._serialized_start=1437
+  _globals['_ROUTESREQUEST']._serialized_end=1452
+  _globals['_ROUTESREPLY']._serialized_start=1454
+  _globals['_ROUTESREPLY']._serialized_end=1502
+  _globals['_ROUTE']._serialized_start=1504
+  _globals['_ROUTE']._serialized_end=1559
+  _globals['_HEALTHREQUEST']._serialized_start=1561
+  _globals['_HEALTHREQUEST']._serialized_end=1576
+  _globals['_HEALTHREPLY']._serialized_start=1579
+  _globals['_HEALTHREPLY']._serialized_end=1782
+  _globals['_CNI']._serialized_start=1785
+  _globals['_CNI']._serialized_end=2065
+  _globals['_INSPECT']._serialized_start=2068
+  _globals['_INSPECT']._serialized_end=2396
 # @@protoc_insertion_point(module_scope)

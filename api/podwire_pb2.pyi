@@ -62,6 +62,82 @@ class Pod(_message.Message):
     created: float
     def __init__(self, container_id: _Optional[str] = ..., ifname: _Optional[str] = ..., netns: _Optional[str] = ..., host_ifname: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., state: _Optional[str] = ..., created: _Optional[float] = ...) -> None: ...
 
+class ServicesRequest(_message.Message):
+    __slots__ = ("service",)
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    def __init__(self, service: _Optional[str] = ...) -> None: ...
+
+class ServicesReply(_message.Message):
+    __slots__ = ("services",)
+    SERVICES_FIELD_NUMBER: _ClassVar[int]
+    services: _containers.RepeatedCompositeFieldContainer[Service]
+    def __init__(self, services: _Optional[_Iterable[_Union[Service, _Mapping]]] = ...) -> None: ...
+
+class Service(_message.Message):
+    __slots__ = ("name", "cluster_ips", "external_ips", "balancer_ips", "source_ranges", "ports", "internal_policy", "external_policy", "affinity_seconds", "health_port", "endpoints_used", "endpoints_known", "problems", "frontends", "endpoints")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_IPS_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_IPS_FIELD_NUMBER: _ClassVar[int]
+    BALANCER_IPS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_RANGES_FIELD_NUMBER: _ClassVar[int]
+    PORTS_FIELD_NUMBER: _ClassVar[int]
+    INTERNAL_POLICY_FIELD_NUMBER: _ClassVar[int]
+    EXTERNAL_POLICY_FIELD_NUMBER: _ClassVar[int]
+    AFFINITY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_PORT_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_USED_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_KNOWN_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    FRONTENDS_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    cluster_ips: _containers.RepeatedScalarFieldContainer[str]
+    external_ips: _containers.RepeatedScalarFieldContainer[str]
+    balancer_ips: _containers.RepeatedScalarFieldContainer[str]
+    source_ranges: _containers.RepeatedScalarFieldContainer[str]
+    ports: _containers.RepeatedCompositeFieldContainer[ServicePort]
+    internal_policy: str
+    external_policy: str
+    affinity_seconds: int
+    health_port: int
+    endpoints_used: int
+    endpoints_known: int
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    frontends: _containers.RepeatedCompositeFieldContainer[Frontend]
+    endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
+    def __init__(self, name: _Optional[str] = ..., cluster_ips: _Optional[_Iterable[str]] = ..., external_ips: _Optional[_Iterable[str]] = ..., balancer_ips: _Optional[_Iterable[str]] = ..., source_ranges: _Optional[_Iterable[str]] = ..., ports: _Optional[_Iterable[_Union[ServicePort, _Mapping]]] = ..., internal_policy: _Optional[str] = ..., external_policy: _Optional[str] = ..., affinity_seconds: _Optional[int] = ..., health_port: _Optional[int] = ..., endpoints_used: _Optional[int] = ..., endpoints_known: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., frontends: _Optional[_Iterable[_Union[Frontend, _Mapping]]] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ...) -> None: ...
+
+class ServicePort(_message.Message):
+    __slots__ = ("name", "protocol", "port", "node_port")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    NODE_PORT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    protocol: str
+    port: int
+    node_port: int
+    def __init__(self, name: _Optional[str] = ..., protocol: _Optional[str] = ..., port: _Optional[int] = ..., node_port: _Optional[int] = ...) -> None: ...
+
+class Endpoint(_message.Message):
+    __slots__ = ("port", "address", "node", "local", "used", "why", "connections")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    port: str
+    address: str
+    node: str
+    local: bool
+    used: str
+    why: str
+    connections: int
+    def __init__(self, port: _Optional[str] = ..., address: _Optional[str] = ..., node: _Optional[str] = ..., local: _Optional[bool] = ..., used: _Optional[str] = ..., why: _Optional[str] = ..., connections: _Optional[int] = ...) -> None: ...
+
 class FrontendsRequest(_message.Message):
     __slots__ = ("service",)
     SERVICE_FIELD_NUMBER: _ClassVar[int]
@@ -75,7 +151,7 @@ class FrontendsReply(_message.Message):
     def __init__(self, frontends: _Optional[_Iterable[_Union[Frontend, _Mapping]]] = ...) -> None: ...
 
 class Frontend(_message.Message):
-    __slots__ = ("service", "match", "protocol", "port", "origin", "action", "masquerade", "endpoints")
+    __slots__ = ("service", "match", "protocol", "port", "origin", "action", "masquerade", "endpoints", "affinity_seconds", "restricted", "sources", "connections")
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     MATCH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +160,10 @@ class Frontend(_message.Message):
     ACTION_FIELD_NUMBER: _ClassVar[int]
     MASQUERADE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
+    AFFINITY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RESTRICTED_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
     service: str
     match: str
     protocol: str
@@ -92,7 +172,11 @@ class Frontend(_message.Message):
     action: str
     masquerade: str
     endpoints: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, service: _Optional[str] = ..., match: _Optional[str] = ..., protocol: _Optional[str] = ..., port: _Optional[int] = ..., origin: _Optional[str] = ..., action: _Optional[str] = ..., masquerade: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ...) -> None: ...
+    affinity_seconds: int
+    restricted: bool
+    sources: _containers.RepeatedScalarFieldContainer[str]
+    connections: int
+    def __init__(self, service: _Optional[str] = ..., match: _Optional[str] = ..., protocol: _Optional[str] = ..., port: _Optional[int] = ..., origin: _Optional[str] = ..., action: _Optional[str] = ..., masquerade: _Optional[str] = ..., endpoints: _Optional[_Iterable[str]] = ..., affinity_seconds: _Optional[int] = ..., restricted: _Optional[bool] = ..., sources: _Optional[_Iterable[str]] = ..., connections: _Optional[int] = ...) -> None: ...
 
 class RoutesRequest(_message.Message):
     __slots__ = ()

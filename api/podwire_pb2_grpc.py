@@ -295,6 +295,11 @@ class InspectStub:
                 request_serializer=podwire__pb2.PodsRequest.SerializeToString,
                 response_deserializer=podwire__pb2.PodsReply.FromString,
                 _registered_method=True)
+        self.Services = channel.unary_unary(
+                '/podwire.v1.Inspect/Services',
+                request_serializer=podwire__pb2.ServicesRequest.SerializeToString,
+                response_deserializer=podwire__pb2.ServicesReply.FromString,
+                _registered_method=True)
         self.Frontends = channel.unary_unary(
                 '/podwire.v1.Inspect/Frontends',
                 request_serializer=podwire__pb2.FrontendsRequest.SerializeToString,
@@ -317,6 +322,12 @@ class InspectServicer:
     """
 
     def Pods(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Services(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -347,6 +358,11 @@ def add_InspectServicer_to_server(servicer, server):
                     servicer.Pods,
                     request_deserializer=podwire__pb2.PodsRequest.FromString,
                     response_serializer=podwire__pb2.PodsReply.SerializeToString,
+            ),
+            'Services': grpc.unary_unary_rpc_method_handler(
+                    servicer.Services,
+                    request_deserializer=podwire__pb2.ServicesRequest.FromString,
+                    response_serializer=podwire__pb2.ServicesReply.SerializeToString,
             ),
             'Frontends': grpc.unary_unary_rpc_method_handler(
                     servicer.Frontends,
@@ -392,6 +408,33 @@ class Inspect:
             '/podwire.v1.Inspect/Pods',
             podwire__pb2.PodsRequest.SerializeToString,
             podwire__pb2.PodsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Services(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/podwire.v1.Inspect/Services',
+            podwire__pb2.ServicesRequest.SerializeToString,
+            podwire__pb2.ServicesReply.FromString,
             options,
             channel_credentials,
             insecure,

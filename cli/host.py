@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from cli.inspect import SOCKET
+from cli.daemon_client import SOCKET
 from cli.output import CommandError
 
 STATE_DIR = "/var/lib/podwire"

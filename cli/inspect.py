@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import grpc
-
 from api import podwire_pb2 as pb
-from api import podwire_pb2_grpc as rpc
+from cli.daemon_client import SOCKET, TIMEOUT_SECONDS, connected, fields
 from cli.output import CommandError, show
-
-SOCKET = "/run/podwire/podwire.sock"
-TIMEOUT_SECONDS = 5.0
-MESSAGE_BYTES = 64 << 20  # 10,000 services are 6 MB of frontends
 
 
 def add_parsers(commands: Any) -> None:
@@ -40,10 +32,10 @@ def add_parsers(commands: Any) -> None:
 
 def status(args: argparse.Namespace) -> int:
     """Print the daemon's health; exit status 1 when the node is not ready."""
-    with _daemon(args) as stub:
+    with connected(args.socket) as stub:
         health = stub.Health(pb.HealthRequest(), timeout=TIMEOUT_SECONDS)
     if args.output == "json":
-        print(json.dumps(_fields(health), indent=2))
+        print(json.dumps(fields(health), indent=2))
         return 0 if health.ready else 1
     age = f"{time.time() - health.last_sync:.0f} s ago" if health.last_sync else "never"
     print(f"node {health.node}: {'ready' if health.ready else 'NOT READY'} (podwire {health.version})")
@@ -57,54 +49,35 @@ def status(args: argparse.Namespace) -> int:
 
 def pods(args: argparse.Namespace) -> int:
     """Print the attachments in the ledger."""
-    with _daemon(args) as stub:
+    with connected(args.socket) as stub:
         found = stub.Pods(pb.PodsRequest(), timeout=TIMEOUT_SECONDS).pods
     show(
         args.output,
         ("container_id", "ifname", "addresses", "host_ifname", "state"),
-        [_fields(p) for p in found],
+        [fields(p) for p in found],
     )
     return 0
 
 
 def frontends(args: argparse.Namespace) -> int:
     """Print the frontends."""
-    with _daemon(args) as stub:
+    with connected(args.socket) as stub:
         found = stub.Frontends(pb.FrontendsRequest(service=args.service), timeout=TIMEOUT_SECONDS).frontends
     if args.service and not found:
         raise CommandError(
             f"service {args.service} has no frontend on this node (or there is no such service)"
         )
     columns = ("service", "match", "protocol", "port", "origin", "action", "masquerade", "endpoints")
-    show(args.output, columns, [_fields(f) for f in found])
+    rows = [fields(f) for f in found]
+    for row in rows:
+        del row["connections"]  # which only `services` counts
+    show(args.output, columns, rows)
     return 0
 
 
 def routes(args: argparse.Namespace) -> int:
     """Print the routes."""
-    with _daemon(args) as stub:
+    with connected(args.socket) as stub:
         found = stub.Routes(pb.RoutesRequest(), timeout=TIMEOUT_SECONDS).routes
-    show(args.output, ("destination", "via", "node"), [_fields(r) for r in found])
+    show(args.output, ("destination", "via", "node"), [fields(r) for r in found])
     return 0
-
-
-@contextlib.contextmanager
-def _daemon(args: argparse.Namespace) -> Iterator[rpc.InspectStub]:
-    """Connect to the daemon; a failed call becomes one sentence."""
-    options = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
-    with grpc.insecure_channel(f"unix:{args.socket}", options=options) as channel:
-        try:
-            yield rpc.InspectStub(channel)  # type: ignore[no-untyped-call]
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
-                raise CommandError(f"no daemon answers on {args.socket}; `podwire daemon` runs one") from None
-            raise CommandError(f"the daemon on {args.socket} failed: {error.details()}") from None
-
-
-def _fields(message: Any) -> dict[str, Any]:
-    """Return a message's fields, repeated ones as lists."""
-    found = {}
-    for descriptor in message.DESCRIPTOR.fields:
-        value = getattr(message, descriptor.name)
-        found[descriptor.name] = list(value) if descriptor.is_repeated else value
-    return found

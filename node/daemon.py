@@ -89,7 +89,7 @@ class Daemon:
             syncer = stack.enter_context(Syncer(config.sync, ledger))
             rules = stack.enter_context(rules_for(ledger))
             self._health = stack.enter_context(HealthChecks(self._ready))
-            inspect = InspectService(config.sync, ledger, syncer, self._ready)
+            inspect = InspectService(config.sync, ledger, syncer, self._health, self._ready)
             keeper = Keeper(
                 rules,
                 intact=syncer.intact,
@@ -142,7 +142,7 @@ class Daemon:
             except (OSError, LedgerError, RulesError) as error:
                 log.error("sync failed, trying again in %.1f s: %s", wait, error)
                 inspect.sync_problems = (f"the last change is not in the kernel: {error}",)
-                self._metrics.failures.inc()
+                self._metrics.failed()
                 self._stop.wait(wait)
                 wait = min(wait * 2, RETRY_SECONDS[1])
                 self._pending = _merged(pending or syncer.compare(), self._store.take(timeout=0))
@@ -152,12 +152,10 @@ class Daemon:
 
     def _sync(self, syncer: Syncer, pending: Pending) -> None:
         first = not self._synced.is_set()
-        with self._metrics.sync.time():
-            syncer.sync(pending)
+        start = time.monotonic()
+        full = syncer.sync(pending)
+        self._metrics.synced(pending, time.monotonic() - start, full=full)
         self._health.update(syncer.health_checks, syncer.served_addresses)
-        self._metrics.failures.set(0)
-        self._metrics.last_sync.set(syncer.status.last_sync)
-        self._metrics.latency.observe(time.monotonic() - pending.since)
         if first:
             self._synced.set()
             # What is here now stays: no collection needs to walk it again.
@@ -184,14 +182,17 @@ class Daemon:
                 "currentTime": _timestamp(time.time()),
                 "nodeEligible": eligible,
             }
-            return web.document(body, 200 if self._ready() and eligible else 503)
+            code = 200 if self._ready() and eligible else 503
+            self._metrics.healthz.labels(code).inc()
+            return web.document(body, code)
 
         def livez() -> tuple[int, str, bytes]:
-            return web.text("ok\n") if self._ready() else web.text("not synced\n", 503)
+            code = 200 if self._ready() else 503
+            self._metrics.livez.labels(code).inc()
+            return web.text("ok\n" if code == 200 else "not synced\n", code)
 
         def metrics() -> tuple[int, str, bytes]:
-            self._metrics.elements.set(syncer.elements)
-            self._metrics.frontends.set(len(syncer.frontends))
+            self._metrics.services(self._store, syncer.frontends, syncer.elements)
             self._metrics.pods.set(len(ledger.attachments()))
             cidrs = tuple(IPNetwork(c) for c in syncer.status.pod_cidrs)
             ipam = self._config.sync.ipam
@@ -219,7 +220,11 @@ def _merged(failed: Pending, newer: Pending | None) -> Pending:
     if newer is None:
         return failed
     return Pending(
-        newer.snapshot, failed.services | newer.services, failed.nodes or newer.nodes, failed.since
+        newer.snapshot,
+        failed.services | newer.services,
+        failed.nodes or newer.nodes,
+        failed.since,
+        (*failed.triggered, *newer.triggered),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -15,6 +16,8 @@ from api import podwire_pb2 as pb
 from api import podwire_pb2_grpc as rpc
 from cni.plugin import Plugin
 from ipam.ledger import Ledger
+from node import describe
+from node.healthchecks import HealthChecks
 from node.syncer import SyncConfig, Syncer
 from proxy.frontends import Frontend
 from proxy.nftables.dataplane import Dataplane
@@ -22,6 +25,8 @@ from proxy.nftables.dataplane import Dataplane
 WORKERS = 16
 MESSAGE_BYTES = 64 << 20
 GRACE_SECONDS = 5.0
+NAME = re.compile(r"[a-z0-9.-]+/[a-z0-9-]+")
+"""Objects named in a sentence."""
 
 
 class CniService(rpc.CniServicer):
@@ -67,10 +72,18 @@ class CniService(rpc.CniServicer):
 class InspectService(rpc.InspectServicer):
     """Tell what the daemon knows; change nothing."""
 
-    def __init__(self, config: SyncConfig, ledger: Ledger, syncer: Syncer, ready: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: SyncConfig,
+        ledger: Ledger,
+        syncer: Syncer,
+        health: HealthChecks,
+        ready: Callable[[], bool],
+    ) -> None:
         self._config = config
         self._ledger = ledger
         self._syncer = syncer
+        self._health = health
         self._ready = ready
         self.source_problems: tuple[str, ...] = ()
         self.sync_problems: tuple[str, ...] = ()
@@ -95,7 +108,25 @@ class InspectService(rpc.InspectServicer):
         """List what packets can be addressed to, as it is in the kernel."""
         wanted = request.service
         found = (f for f in self._syncer.frontends if not wanted or f.service.split(":")[0] == wanted)
-        return pb.FrontendsReply(frontends=map(_frontend, found))
+        return pb.FrontendsReply(frontends=map(describe.frontend, found))
+
+    def Services(self, request: pb.ServicesRequest, context: grpc.ServicerContext) -> pb.ServicesReply:
+        """List services in short, or one with all about it: frontends, endpoints, connections."""
+        snapshot, place = self._syncer.snapshot, self._syncer.place
+        own: dict[str, list[Frontend]] = {}
+        for frontend in self._syncer.frontends:
+            own.setdefault(frontend.service.partition(":")[0], []).append(frontend)
+        found = []
+        for name, service in sorted(snapshot.services.items()):
+            slices, mine = snapshot.slices.get(name, ()), own.get(str(name), [])
+            if not request.service:
+                found.append(describe.summary(service, slices, mine))
+            elif request.service == str(name):
+                found.append(describe.details(service, slices, mine, place))
+        problems = [(set(NAME.findall(sentence)), sentence) for sentence in self._problems()]
+        for message in found:
+            message.problems.extend(sentence for names, sentence in problems if message.name in names)
+        return pb.ServicesReply(services=found)
 
     def Routes(self, request: pb.RoutesRequest, context: object) -> pb.RoutesReply:
         """List the routes to the pods of other nodes."""
@@ -121,24 +152,12 @@ class InspectService(rpc.InspectServicer):
             services=status.services,
             frontends=len(self._syncer.frontends),
             elements=self._syncer.elements,
-            problems=(*self.sync_problems, *self.source_problems, *status.problems),
+            problems=self._problems(),
         )
 
-
-def _frontend(frontend: Frontend) -> pb.Frontend:
-    return pb.Frontend(
-        service=frontend.service,
-        match=frontend.key.address or "nodeport",
-        protocol=frontend.key.protocol.name,
-        port=frontend.key.port,
-        origin=frontend.key.origin.value,
-        action=frontend.action.value,
-        masquerade=frontend.masquerade.value,
-        endpoints=(
-            f"[{b.address}]:{b.port}" if ":" in b.address else f"{b.address}:{b.port}"
-            for b in frontend.endpoints
-        ),
-    )
+    def _problems(self) -> tuple[str, ...]:
+        status, health = self._syncer.status, self._health
+        return (*self.sync_problems, *self.source_problems, *status.problems, *health.problems)
 
 
 @contextlib.contextmanager

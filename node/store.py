@@ -15,19 +15,31 @@ Identity = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A snapshot, the services that differ from the last one, whether nodes do, and since when."""
+    """A snapshot, the services that differ from the last one, whether nodes do, and since when.
+
+    `since` is when the oldest change came (monotonic seconds), and `triggered` are the times at which the
+    changes of EndpointSlices happened in the cluster (seconds since the epoch), where these say so.
+    """
 
     snapshot: Snapshot
     services: frozenset[ObjectName]
     nodes: bool
     since: float
+    triggered: tuple[float, ...] = ()
 
 
 class Store:
-    """Objects in, snapshots out; used by the source's thread and the syncer's."""
+    """Objects in, snapshots out; used by the source's thread and the syncer's.
+
+    `service_changes` and `endpoint_changes` count the Services and EndpointSlices that changed so far.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._started = time.time()
+        self._triggered: list[float] = []
+        self._taken = (0, 0)
+        self.service_changes = self.endpoint_changes = 0
         self._changed = threading.Condition()
         self._objects: Mapping[Identity, Object] = {}
         self._snapshot = EMPTY
@@ -63,9 +75,22 @@ class Store:
                 self._changed.wait(timeout)
             if self._since is None:
                 return None
-            pending = Pending(self._snapshot, frozenset(self._services), self._nodes, self._since)
-            self._services, self._nodes, self._since = set(), False, None
+            pending = Pending(
+                self._snapshot,
+                frozenset(self._services),
+                self._nodes,
+                self._since,
+                tuple(self._triggered),
+            )
+            self._services, self._nodes, self._since, self._triggered = set(), False, None, []
+            self._taken = self.service_changes, self.endpoint_changes
             return pending
+
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """How many changes of Services and of EndpointSlices have not been taken yet."""
+        services, slices = self._taken
+        return self.service_changes - services, self.endpoint_changes - slices
 
     @property
     def oldest(self) -> float | None:
@@ -81,6 +106,7 @@ class Store:
         nodes: dict[str, Node],
     ) -> None:
         """Take one object out of the mappings and put its next version in."""
+        self._count(old, new)
         match old:
             case Service():
                 services.pop(old.name, None)
@@ -101,6 +127,16 @@ class Store:
             case Node():
                 nodes[new.name] = new
                 self._nodes = True
+
+    def _count(self, old: Object | None, new: Object | None) -> None:
+        if isinstance(new or old, Service):
+            self.service_changes += 1
+        elif isinstance(new or old, EndpointSlice):
+            self.endpoint_changes += 1
+        if isinstance(new, EndpointSlice) and new.triggered > self._started:
+            before = old.triggered if isinstance(old, EndpointSlice) else 0.0
+            if new.triggered != before:  # else it is another field that changed
+                self._triggered.append(new.triggered)
 
 
 def _set_slice(

@@ -115,19 +115,29 @@ class Syncer:
         return tuple(self._proxy.table)
 
     @property
+    def snapshot(self) -> Snapshot:
+        """What was brought to the kernel last, or is being brought there; for any thread."""
+        return self._snapshot
+
+    @property
+    def place(self) -> Place:
+        """Where this proxy runs; for any thread."""
+        me = self._snapshot.nodes.get(self._config.node, Node(self._config.node))
+        return Place(me.name, me.zone)
+
+    @property
     def health_checks(self) -> dict[int, HealthCheck]:
         """What load balancers are to be told, by healthCheckNodePort."""
         return self._proxy.health_checks(self._snapshot)
 
-    def sync(self, pending: Pending) -> None:
-        """Bring one change to the kernel.
+    def sync(self, pending: Pending) -> bool:
+        """Bring one change to the kernel; return whether everything was compared for it.
 
         Raises NetlinkError when the kernel refuses; the next sync then compares everything again.
         """
         snapshot = pending.snapshot
-        me = snapshot.nodes.get(self._config.node, Node(self._config.node))
-        changes = self._proxy.take(snapshot, pending.services, Place(me.name, me.zone))
         self._snapshot = snapshot
+        changes = self._proxy.take(snapshot, pending.services, self.place)
         # Until all of it is done, the kernel may lack what was decided.
         loaded, self._loaded = self._loaded, False
         if not loaded or pending.nodes:
@@ -137,10 +147,12 @@ class Syncer:
         ranges = self._ranges() if not loaded or pending.nodes else None
         if ranges:
             self.served_addresses = self._among_own(ranges.node_ports)
-        if self._proxy.apply(changes, self._families(), ranges):
+        full = self._proxy.apply(changes, self._families(), ranges)
+        if full:
             self._suspected, self._compared = False, self._clock()
         self._loaded = True
         self._report(snapshot)
+        return full
 
     @property
     def commits(self) -> int:

@@ -90,38 +90,43 @@ def frontends(service: Service, slices: Sequence[EndpointSlice], place: Place) -
             continue
         outside = (*_of(family, service.external_ips), *_of(family, service.balancer_ips))
         for port in service.ports:
-            title = f"{service.name}:{port.name}" if port.name else str(service.name)
-            candidates = _candidates(slices, port, family, place)
+            title = title_of(service, port)
+            usable = candidates(slices, port, family, place)
             for address in addresses:
                 key = FrontendKey(family, address, port.protocol, port.port, Origin.ANY)
-                found.append(_cluster_ip(service, key, title, candidates))
+                found.append(_cluster_ip(service, key, title, usable))
             for address in dict.fromkeys(outside):
                 key = FrontendKey(family, address, port.protocol, port.port, Origin.ANY)
-                found.extend(_external(service, key, title, candidates))
+                found.extend(_external(service, key, title, usable))
             if port.node_port:
                 key = FrontendKey(family, "", port.protocol, port.node_port, Origin.ANY)
-                found.extend(_external(service, key, title, candidates))
+                found.extend(_external(service, key, title, usable))
     return tuple(found)
+
+
+def title_of(service: Service, port: ServicePort) -> str:
+    """Return "namespace/name:port"; an unnamed port is the service itself."""
+    return f"{service.name}:{port.name}" if port.name else str(service.name)
 
 
 def _of(family: Family, addresses: Sequence[str]) -> tuple[str, ...]:
     return tuple(a for a in addresses if (":" in a) == (family is Family.V6))
 
 
-def _cluster_ip(service: Service, key: FrontendKey, title: str, candidates: Candidates) -> Frontend:
+def _cluster_ip(service: Service, key: FrontendKey, title: str, usable: Candidates) -> Frontend:
     local = service.internal_policy is TrafficPolicy.LOCAL
     return Frontend(
         key,
         title,
-        _action(candidates, local),
+        _action(usable, local),
         Masquerade.OFF_CLUSTER,
-        candidates.local if local else candidates.all,
+        usable.local if local else usable.all,
         affinity=service.affinity_seconds,
         exclusive=True,
     )
 
 
-def _external(service: Service, key: FrontendKey, title: str, candidates: Candidates) -> Iterator[Frontend]:
+def _external(service: Service, key: FrontendKey, title: str, usable: Candidates) -> Iterator[Frontend]:
     """Yield the frontends of a node port, an external or a load balancer's address.
 
     Under externalTrafficPolicy Local outside clients keep their address and reach only endpoints of this
@@ -134,9 +139,9 @@ def _external(service: Service, key: FrontendKey, title: str, candidates: Candid
     yield Frontend(
         key,
         title,
-        _action(candidates, local),
+        _action(usable, local),
         Masquerade.NEVER if local else Masquerade.ALWAYS,
-        candidates.local if local else candidates.all,
+        usable.local if local else usable.all,
         affinity,
         sources,
     )
@@ -144,24 +149,24 @@ def _external(service: Service, key: FrontendKey, title: str, candidates: Candid
         yield Frontend(
             key._replace(origin=Origin.INTERNAL),
             title,
-            _action(candidates, False),
+            _action(usable, False),
             Masquerade.OFF_CLUSTER,
-            candidates.all,
+            usable.all,
             affinity,
             sources,
         )
 
 
-def _action(candidates: Candidates, local_only: bool) -> Action:
+def _action(usable: Candidates, local_only: bool) -> Action:
     """Reject where a service has no endpoint at all; drop where only policy Local leaves none here."""
-    if not candidates.all and not candidates.local:
+    if not usable.all and not usable.local:
         return Action.REJECT
-    if local_only and not candidates.local:
+    if local_only and not usable.local:
         return Action.DROP
     return Action.BALANCE
 
 
-def _candidates(
+def candidates(
     slices: Sequence[EndpointSlice], port: ServicePort, family: Family, place: Place
 ) -> Candidates:
     """Return the endpoints of a port: the ready ones, or, when there is none, those still serving.
@@ -172,20 +177,26 @@ def _candidates(
     """
     ready: dict[Backend, Endpoint] = {}
     fallback: set[Backend] = set()
-    for piece in slices:
-        if piece.family is not family:
-            continue
-        for target in piece.ports:
-            if target.name != port.name or target.protocol is not port.protocol:
-                continue
-            number = target.port
-            for endpoint in piece.endpoints:
-                if endpoint.ready:
-                    backend = Backend(endpoint.address, number, endpoint.node == place.node)
-                    ready[backend] = endpoint
-                elif endpoint.serving and endpoint.terminating:
-                    fallback.add(Backend(endpoint.address, number, endpoint.node == place.node))
+    for number, endpoint in behind(slices, port, family):
+        if endpoint.ready:
+            backend = Backend(endpoint.address, number, endpoint.node == place.node)
+            ready[backend] = endpoint
+        elif endpoint.serving and endpoint.terminating:
+            fallback.add(Backend(endpoint.address, number, endpoint.node == place.node))
     is_near = narrowing(ready.values(), place)
     everywhere = sorted(b for b, e in ready.items() if is_near is None or is_near(e)) or sorted(fallback)
     here = sorted(b for b in ready if b.local) or sorted(b for b in fallback if b.local)
     return Candidates(tuple(everywhere), tuple(here))
+
+
+def behind(
+    slices: Sequence[EndpointSlice], port: ServicePort, family: Family
+) -> Iterator[tuple[int, Endpoint]]:
+    """Yield all endpoints of a service port in a family, whatever their state, each with its port number."""
+    for piece in slices:
+        if piece.family is not family:
+            continue
+        for target in piece.ports:
+            if target.name == port.name and target.protocol is port.protocol:
+                for endpoint in piece.endpoints:
+                    yield target.port, endpoint

@@ -96,13 +96,17 @@ class Endpoint(Struct, frozen=True):
 
 
 class EndpointSlice(Struct, frozen=True):
-    """A part of a service's endpoints, of one IP family."""
+    """A part of a service's endpoints, of one IP family.
+
+    `triggered` is when the change happened that it tells of (seconds since the epoch), 0 if it does not say.
+    """
 
     name: ObjectName
     service: ObjectName
     family: Family
     ports: tuple[EndpointPort, ...]
     endpoints: tuple[Endpoint, ...]
+    triggered: float = 0.0
 
 
 class Node(Struct, frozen=True):

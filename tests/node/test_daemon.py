@@ -188,12 +188,58 @@ def test_frontends(world: World) -> None:
             "action": "balance",
             "masquerade": "off-cluster",
             "endpoints": [f"{SERVERS[0]}:8080"],
+            "affinity_seconds": 0,
+            "restricted": False,
+            "sources": [],
         }
     ]
     assert world.json("frontends", "shop/web") == world.json("frontends")
     head, row = world.ask("frontends").splitlines()
     assert head.split()[:3] == ["SERVICE", "MATCH", "PROTOCOL"]
     assert row.split()[0] == "shop/web"
+
+
+def test_services_in_short_and_one_with_its_live_connections(world: World) -> None:
+    (short,) = world.json("services")
+    assert (short["name"], short["cluster_ips"]) == ("shop/web", [CLUSTER_IP])
+    assert (short["endpoints_used"], short["endpoints_known"], short["frontends"]) == (1, 1, [])
+    assert world.ask("services").splitlines()[1].split() == [
+        *("shop/web", CLUSTER_IP, "80/TCP", "1", "of", "1", "-")
+    ]
+    before = world.json("services", "shop/web")
+    assert world.connect() == SERVERS[0]
+    after = world.json("services", "shop/web")
+    (frontend,), (endpoint,) = after["frontends"], after["endpoints"]
+    assert frontend["match"] == CLUSTER_IP
+    assert frontend["connections"] == before["frontends"][0]["connections"] + 1
+    assert endpoint.pop("connections") == frontend["connections"]
+    assert endpoint == {
+        "port": "",
+        "address": f"{SERVERS[0]}:8080",
+        "node": "node2",
+        "local": False,
+        "used": "yes",
+        "why": "ready",
+    }
+    assert "internal Cluster, external Cluster" in world.ask("services", "shop/web")
+
+
+def test_why_an_endpoint_is_not_used_and_what_is_wrong_with_a_service(world: World) -> None:
+    world.write(
+        "web.yaml", service().replace("nodeName: node2", "nodeName: node2, conditions: {ready: false}")
+    )
+    world.write("twin.yaml", service("twin").replace("clusterIP: 10.96.0.1", "clusterIP: 10.96.0.1"))
+    wait_until(lambda: len(world.json("services")) == 2, "two services")
+    twin, web = world.json("services")
+    assert web["problems"] == [f"service shop/web gets no {CLUSTER_IP} port 80/TCP: service shop/twin has it"]
+    assert world.json("services", "shop/web")["endpoints"][0]["why"] == "not ready"
+    assert twin["endpoints_used"] == 1
+
+
+def test_a_service_that_is_not_served_is_a_sentence(world: World) -> None:
+    status, out, err = podwire("services", "--socket", str(world.socket), "web")
+    assert (status, out) == (1, "")
+    assert err.startswith("podwire: no service default/web is served on this node")
 
 
 def test_a_service_that_has_no_frontend(world: World) -> None:

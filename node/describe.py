@@ -1,0 +1,110 @@
+"""Services as the command line shows them: values of the model and live connections → messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from api import podwire_pb2 as pb
+from netlink.conntrack import Conntrack
+from proxy.explain import explain
+from proxy.frontends import Action, Backend, Frontend, FrontendKey, Origin
+from proxy.model import EndpointSlice, Service
+from proxy.topology import Place
+
+Connections = Counter[tuple[FrontendKey, str, int]]
+"""How many connections each endpoint, an address and port, has by each frontend."""
+
+
+def summary(service: Service, slices: Sequence[EndpointSlice], own: Iterable[Frontend]) -> pb.Service:
+    """Return a service in short; `own` are its frontends."""
+    used = {e.address for f in own if f.action is Action.BALANCE for e in f.endpoints}
+    return pb.Service(
+        name=str(service.name),
+        cluster_ips=service.cluster_ips,
+        external_ips=service.external_ips,
+        balancer_ips=service.balancer_ips,
+        source_ranges=service.source_ranges,
+        ports=(
+            pb.ServicePort(name=p.name, protocol=p.protocol.name, port=p.port, node_port=p.node_port)
+            for p in service.ports
+        ),
+        internal_policy=service.internal_policy.value,
+        external_policy=service.external_policy.value,
+        affinity_seconds=service.affinity_seconds,
+        health_port=service.health_port,
+        endpoints_used=len(used),
+        endpoints_known=len({e.address for piece in slices for e in piece.endpoints}),
+    )
+
+
+def details(
+    service: Service, slices: Sequence[EndpointSlice], own: Sequence[Frontend], place: Place
+) -> pb.Service:
+    """Return all about a service, with the connections that there are at this moment. Raises NetlinkError."""
+    connections = count(own)
+    found = summary(service, slices, own)
+    for one in own:
+        message = frontend(one)
+        anybodys = one.key._replace(origin=Origin.ANY)
+        message.connections = sum(n for (key, *_), n in connections.items() if key == anybodys)
+        found.frontends.append(message)
+    for endpoint in explain(service, slices, place):
+        address, port, local = endpoint.backend
+        found.endpoints.append(
+            pb.Endpoint(
+                port=endpoint.port,
+                address=_with_port(address, port),
+                node=endpoint.node,
+                local=local,
+                used=endpoint.used.value,
+                why=endpoint.why,
+                connections=sum(n for (_, a, p), n in connections.items() if (a, p) == (address, port)),
+            )
+        )
+    return found
+
+
+def frontend(some: Frontend) -> pb.Frontend:
+    """Return a frontend."""
+    return pb.Frontend(
+        service=some.service,
+        match=some.key.address or "nodeport",
+        protocol=some.key.protocol.name,
+        port=some.key.port,
+        origin=some.key.origin.value,
+        action=some.action.value,
+        masquerade=some.masquerade.value,
+        endpoints=(_with_port(b.address, b.port) for b in some.endpoints),
+        affinity_seconds=some.affinity,
+        restricted=some.sources is not None,
+        sources=some.sources or (),
+    )
+
+
+def count(own: Sequence[Frontend]) -> Connections:
+    """Count the connections of frontends. Raises NetlinkError.
+
+    Those of clients inside and outside are counted together: what tells them apart is not in the entries.
+    """
+    found: Connections = Counter()
+    with Conntrack() as entries:
+        for key, backends in _destinations(own):
+            for flow in entries.flows(key.family, key.protocol.value, key.port):
+                to = Backend(flow.reply.source, flow.reply.sport, local=False)[:2]
+                if to in backends and key.address in ("", flow.original.destination):
+                    found[key, *to] += 1
+    return found
+
+
+def _destinations(own: Iterable[Frontend]) -> Iterator[tuple[FrontendKey, set[tuple[str, int]]]]:
+    """Yield what can be addressed, once each, and where that may lead."""
+    found: dict[FrontendKey, set[tuple[str, int]]] = {}
+    for one in own:
+        key = one.key._replace(origin=Origin.ANY)
+        found.setdefault(key, set()).update(b[:2] for b in one.endpoints)
+    yield from found.items()
+
+
+def _with_port(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

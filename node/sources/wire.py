@@ -1,0 +1,168 @@
+"""Kubernetes objects as the API has them: those fields that a node needs, and nothing decided.
+
+Source: Kubernetes API reference; Service v1, EndpointSlice discovery.k8s.io/v1, Node v1.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Wire(msgspec.Struct, rename="camel"):
+    """A part of a document as the API has it; null stands for absent."""
+
+
+class WireMeta(Wire):
+    """ObjectMeta."""
+
+    name: str
+    namespace: str | None = None
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+    deletion_timestamp: str | None = None
+
+
+class WireServicePort(Wire):
+    """ServicePort."""
+
+    port: int
+    name: str | None = None
+    protocol: str | None = None
+    node_port: int | None = None
+
+
+class WireClientIP(Wire):
+    """ClientIPConfig."""
+
+    timeout_seconds: int | None = None
+
+
+class WireAffinity(Wire):
+    """SessionAffinityConfig."""
+
+    client_ip: WireClientIP | None = msgspec.field(name="clientIP", default=None)
+
+
+class WireServiceSpec(Wire):
+    """ServiceSpec."""
+
+    type: str | None = None
+    cluster_ip: str | None = msgspec.field(name="clusterIP", default=None)
+    cluster_ips: list[str] | None = msgspec.field(name="clusterIPs", default=None)
+    ports: list[WireServicePort] | None = None
+    internal_traffic_policy: str | None = None
+    external_traffic_policy: str | None = None
+    external_ips: list[str] | None = msgspec.field(name="externalIPs", default=None)
+    load_balancer_source_ranges: list[str] | None = None
+    session_affinity: str | None = None
+    session_affinity_config: WireAffinity | None = None
+    health_check_node_port: int | None = None
+
+
+class WireIngress(Wire):
+    """LoadBalancerIngress."""
+
+    ip: str | None = None
+    ip_mode: str | None = None
+
+
+class WireLoadBalancer(Wire):
+    """LoadBalancerStatus."""
+
+    ingress: list[WireIngress] | None = None
+
+
+class WireServiceStatus(Wire):
+    """ServiceStatus."""
+
+    load_balancer: WireLoadBalancer | None = None
+
+
+class WireService(Wire):
+    """Service v1."""
+
+    metadata: WireMeta
+    spec: WireServiceSpec
+    status: WireServiceStatus | None = None
+
+
+class WireConditions(Wire):
+    """EndpointConditions."""
+
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class WireHint(Wire):
+    """ForZone or ForNode."""
+
+    name: str
+
+
+class WireHints(Wire):
+    """EndpointHints."""
+
+    for_zones: list[WireHint] | None = None
+    for_nodes: list[WireHint] | None = None
+
+
+class WireEndpoint(Wire):
+    """An endpoint of a slice."""
+
+    addresses: list[str]
+    conditions: WireConditions | None = None
+    node_name: str | None = None
+    hints: WireHints | None = None
+
+
+class WireEndpointPort(Wire):
+    """EndpointPort."""
+
+    port: int | None = None
+    name: str | None = None
+    protocol: str | None = None
+
+
+class WireEndpointSlice(Wire):
+    """EndpointSlice discovery.k8s.io/v1."""
+
+    metadata: WireMeta
+    address_type: str
+    endpoints: list[WireEndpoint] | None = None
+    ports: list[WireEndpointPort] | None = None
+
+
+class WireAddress(Wire):
+    """NodeAddress."""
+
+    type: str
+    address: str
+
+
+class WireNodeStatus(Wire):
+    """NodeStatus."""
+
+    addresses: list[WireAddress] | None = None
+
+
+class WireTaint(Wire):
+    """Taint."""
+
+    key: str
+
+
+class WireNodeSpec(Wire):
+    """NodeSpec."""
+
+    pod_cidr: str | None = msgspec.field(name="podCIDR", default=None)
+    pod_cidrs: list[str] | None = msgspec.field(name="podCIDRs", default=None)
+    taints: list[WireTaint] | None = None
+
+
+class WireNode(Wire):
+    """Node v1."""
+
+    metadata: WireMeta
+    spec: WireNodeSpec | None = None
+    status: WireNodeStatus | None = None
