@@ -109,13 +109,17 @@ class ServiceProxy:
             self._tables.append(nft)
             self._dataplanes[family] = Dataplane(nft)
         self._ranges = ranges or self._ranges
-        try:
-            if loaded:
+        if loaded:
+            try:
                 self._change(changes, ranges)
-            else:
+            except BatchError as error:
+                log.warning("the kernel has not what was left there, comparing everything: %s", error)
+                loaded = False
+        if not loaded:
+            try:
                 self._load()
-        except BatchError as error:
-            self._leave_out(error)
+            except BatchError as error:
+                self._leave_out(error)
         self._loaded = True
         self._forget_connections(changes if loaded else [Change(None, f) for f in self.table])
         return not loaded
