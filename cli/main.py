@@ -7,7 +7,7 @@ import os
 import sys
 from importlib.metadata import version
 
-from cli import cleanup, daemon, doctor, inspect, install, ipam, lab, services
+from cli import cleanup, daemon, doctor, inspect, install, ipam, lab, render, services
 from cli.output import CommandError, complain
 
 DESCRIPTION = "Node networking for Kubernetes: CNI plugin, IPAM, routes and service proxy in one package."
@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     install.add_parser(commands)
     inspect.add_parsers(commands)
     services.add_parser(commands)
+    render.add_parser(commands)
     ipam.add_parser(commands)
     doctor.add_parser(commands)
     cleanup.add_parser(commands)
