@@ -30,6 +30,7 @@ from proxy.nftables.ruleset import MAPS, TABLE
 from proxy.table import Change, FrontendTable
 from proxy.topology import Place
 
+HERE = Place("me", "zone")
 NAMES = [ObjectName("ns", n) for n in ("a", "b", "c")]
 POLICIES = st.sampled_from(TrafficPolicy)
 CIDRS = ("10.0.0.0/24", "10.0.1.0/24", "10.0.2.0/23", "10.9.0.0/16", "0.0.0.0/0", "255.255.255.0/24")
@@ -42,12 +43,20 @@ ports = st.builds(
     port=st.sampled_from([80, 81]),
     node_port=st.sampled_from([0, 30000, 30001]),
 )
-services = st.builds(
-    lambda ip, ports, internal, external: ((ip,), tuple(ports), internal, external),
-    st.sampled_from(["10.96.0.1", "10.96.0.2", "10.96.0.3"]),
-    st.lists(ports, max_size=3, unique_by=lambda p: p.name),
-    POLICIES,
-    POLICIES,
+OUTSIDE = st.lists(st.sampled_from(["198.51.100.1", "198.51.100.2"]), max_size=2, unique=True).map(tuple)
+services = st.fixed_dictionaries(
+    {
+        "cluster_ips": st.sampled_from(["10.96.0.1", "10.96.0.2", "10.96.0.3"]).map(lambda a: (a,)),
+        "ports": st.lists(ports, max_size=3, unique_by=lambda p: p.name).map(tuple),
+    },
+    optional={
+        "internal_policy": POLICIES,
+        "external_policy": POLICIES,
+        "external_ips": OUTSIDE,
+        "balancer_ips": OUTSIDE,
+        "source_ranges": st.lists(st.sampled_from((*CIDRS, "fd00::/8")), max_size=3).map(tuple),
+        "affinity_seconds": st.sampled_from([0, 60, 10800]),
+    },
 )
 endpoint = st.builds(
     Endpoint,
@@ -56,10 +65,11 @@ endpoint = st.builds(
     ready=st.booleans(),
     serving=st.booleans(),
     terminating=st.booleans(),
+    zone_hints=st.sampled_from([(), ("zone",), ("elsewhere",)]),
 )
 slices = st.lists(endpoint, max_size=6)
 node_ranges = st.builds(
-    NodeRanges, *(st.lists(st.sampled_from(CIDRS), max_size=4).map(tuple) for _ in range(3))
+    NodeRanges, *(st.lists(st.sampled_from(CIDRS), max_size=4).map(tuple) for _ in range(4))
 )
 change = st.one_of(
     st.tuples(st.just("service"), st.sampled_from(NAMES), st.none() | services),
@@ -75,8 +85,8 @@ def objects_after(objects: dict[tuple[str, str], object], step: tuple[str, Objec
     if value is None:
         objects.pop(key, None)
     elif kind == "service":
-        assert isinstance(value, tuple)
-        objects[key] = Service(name, *value)
+        assert isinstance(value, dict)
+        objects[key] = Service(name, **value)
     else:
         assert isinstance(value, list)
         wanted = tuple(EndpointPort(n, p, 8080) for n in "xy" for p in (Protocol.TCP, Protocol.UDP))
@@ -93,12 +103,7 @@ batches_of_changes = st.lists(st.lists(change, min_size=1, max_size=4), min_size
 
 
 A, C = NAMES[0], NAMES[2]
-CLAIM = (
-    ("10.96.0.1",),
-    (ServicePort("x", Protocol.TCP, 80, 30001),),
-    TrafficPolicy.CLUSTER,
-    TrafficPolicy.CLUSTER,
-)
+CLAIM = {"cluster_ips": ("10.96.0.1",), "ports": (ServicePort("x", Protocol.TCP, 80, 30001),)}
 
 
 @example([[("service", A, CLAIM), ("service", C, CLAIM)], [("service", A, None), ("service", C, None)]], 8)
@@ -161,6 +166,8 @@ def deliver(store: Store, table: FrontendTable, objects: dict[tuple[str, str], o
     changes: list[Change] = []
     for name in pending.services if pending else ():
         service = pending.snapshot.services.get(name)
-        found = frontends(service, pending.snapshot.slices.get(name, ()), Place("me")) if service else ()
+        found = (
+            frontends(service, pending.snapshot.slices.get(name, ()), Place("me", "zone")) if service else ()
+        )
         changes += table.replace(name, found)
     return changes
