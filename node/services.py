@@ -13,13 +13,16 @@ from netlink.family import Family
 from netlink.nftables.batch import BatchError, Nft
 from node.healthchecks import HealthCheck, checks
 from proxy.frontends import Frontend, frontends
-from proxy.model import ObjectName, Snapshot
+from proxy.model import ObjectName, Protocol, Snapshot
 from proxy.nftables.dataplane import Dataplane, NodeRanges
 from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
 from proxy.topology import Place
 
 log = logging.getLogger("podwire.sync")
+
+Addressed = tuple[Family, str, Protocol, int]
+"""A frontend's key, whoever its clients are."""
 
 MOST_REFUSED = 20
 """Services that one sync leaves out because the kernel refused them, before it gives up."""
@@ -121,7 +124,11 @@ class ServiceProxy:
             except BatchError as error:
                 self._leave_out(error)
         self._loaded = True
-        self._forget_connections(changes if loaded else [Change(None, f) for f in self.table])
+        self._forget_connections(
+            {_some(c).key[:4] for c in changes}
+            if loaded
+            else {f.key[:4] for f in self.table} | {k[:4] for d in self._dataplanes.values() for k in d.gone}
+        )
         return not loaded
 
     def compare(self) -> None:
@@ -162,9 +169,9 @@ class ServiceProxy:
         found = (d.culprit(error, self.table) for d in self._dataplanes.values())
         return next(filter(None, found), None)
 
-    def _forget_connections(self, changes: list[Change]) -> None:
+    def _forget_connections(self, changed: set[Addressed]) -> None:
         """Remove UDP and SCTP connections of changed frontends that lead to what is no endpoint any more."""
-        concerned = {_some(c).key[:4] for c in changes if _some(c).key.protocol.value in KEEPS_GOING}
+        concerned = {key for key in changed if key[2].value in KEEPS_GOING}
         if not concerned:
             return
         node = tuple(self._addresses()) if any(not address for _, address, *_ in concerned) else ()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from netlink.nftables.batch import BatchError, Nftables
 from netlink.nftables.objects import Data, Elements, Map
 from netlink.nftables.operations import AddChain, AddElements, AddRule, DeleteElements, DeleteTable, Operation
-from proxy.frontends import Action, Frontend, Origin
+from proxy.frontends import Action, Frontend, FrontendKey, Origin
 from proxy.nftables import parts, ruleset
 from proxy.nftables.elements import (
     Pairs,
@@ -20,6 +21,7 @@ from proxy.nftables.elements import (
     hairpin,
     intervals,
     key_bytes,
+    key_of,
     kind_of,
 )
 from proxy.nftables.parts import Part
@@ -27,6 +29,7 @@ from proxy.nftables.ruleset import (
     ALLOWED_SOURCES,
     CLUSTER_ADDRESSES,
     HAIRPIN,
+    KINDS,
     LOCAL_POD_CIDRS,
     MAPS,
     NO_MASQUERADE,
@@ -49,6 +52,8 @@ class NodeRanges:
     no_masquerade: tuple[str, ...] = ()
     node_ports: tuple[str, ...] = ("0.0.0.0/0", "::/0")
 
+
+_Contents = Mapping[Map, Elements]
 
 Use = tuple[Map, str]
 """A set, and an address that is in it while some frontend needs it there."""
@@ -87,6 +92,8 @@ class Dataplane:
         self._uses: Counter[Use] = Counter()
         self._ranges: dict[Map, Elements] = {}
         self.elements = 0
+        self.gone: tuple[FrontendKey, ...] = ()
+        """What the last load took out of the kernel: frontends that went while nobody looked."""
 
     def load(self, frontends: Iterable[Frontend], ranges: NodeRanges) -> bool:
         """Make the kernel hold exactly this; return whether a table of our layout was there to start from.
@@ -101,12 +108,15 @@ class Dataplane:
             edit.take(use[0], [], [self._element(use)])
         sets = self._range_elements(ranges)
         wanted: dict[Map, Elements] = {m: dict(p) for m, p in edit.added.items()} | sets
-        there = self._nft.table_comment() is not None
-        adopted = there and self.intact() and self._are_whole(edit.parts)
+        comment = self._nft.table_comment()
+        known = comment == ruleset.layout_comment(self._family)
+        there = {which: self._nft.elements(which) for which in MAPS} if known else {}
+        self.gone = tuple(self._unwanted(there, wanted))
+        adopted = known and self.intact() and self._are_whole(edit.parts)
         if adopted:
-            operations = self._difference(wanted, edit.parts)
+            operations = self._difference(there, wanted, edit.parts)
         else:
-            operations = [DeleteTable()] if there else []
+            operations = [DeleteTable()] if comment is not None else []
             operations += ruleset.base(self._family)
             operations += parts.made(self._family, edit.parts)
             operations += [AddElements(m, list(e.items())) for m, e in wanted.items() if e]
@@ -223,13 +233,19 @@ class Dataplane:
         chains, maps = self._nft.chains(), self._nft.maps()
         return all(len({part.chain in chains, *(name in maps for name in part.maps)}) == 1 for part in wanted)
 
-    def _difference(self, wanted: Mapping[Map, Elements], needed: Counter[Part]) -> list[Operation]:
+    def _unwanted(self, there: _Contents, wanted: _Contents) -> Iterator[FrontendKey]:
+        """Yield the frontends that are there and not wanted."""
+        for kind in KINDS:
+            for key in there.get(kind.verdicts, {}).keys() - wanted.get(kind.verdicts, {}).keys():
+                with contextlib.suppress(ValueError):  # of a protocol that no service has: not ours
+                    yield key_of(kind, self._family, key)
+
+    def _difference(self, there: _Contents, wanted: _Contents, needed: Counter[Part]) -> list[Operation]:
         """Return what turns the table that is there into the one that is wanted."""
         removals: list[Operation] = []
         additions: list[Operation] = []
         for which in MAPS:
-            there = self._nft.elements(which)
-            old, new = difference(there, wanted.get(which, {}), interval=which.interval)
+            old, new = difference(there[which], wanted.get(which, {}), interval=which.interval)
             if old:
                 removals.append(DeleteElements(which, old))
             if new:

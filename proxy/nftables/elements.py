@@ -11,6 +11,7 @@ from typing import NamedTuple
 from netlink.family import Family
 from netlink.nftables.objects import Data, Elements, Goto
 from proxy.frontends import Action, Frontend, FrontendKey, Origin
+from proxy.model import Protocol
 from proxy.nftables.parts import balancer
 from proxy.nftables.ruleset import (
     NODE_PORTS,
@@ -48,6 +49,15 @@ def key_bytes(key: FrontendKey) -> bytes:
     """Encode a frontend's key as the registers that the rules load."""
     tail = bytes((key.protocol.value, 0, 0, 0)) + _PORT.pack(key.port, 0)
     return socket.inet_pton(key.family.af, key.address) + tail if key.address else tail
+
+
+def key_of(kind: Kind, family: Family, encoded: bytes) -> FrontendKey:
+    """Return the frontend's key that an element of a kind's verdicts stands for."""
+    size = family.size if kind.by_address else 0
+    address = socket.inet_ntop(family.af, encoded[:size]) if size else ""
+    port, _ = _PORT.unpack_from(encoded, size + 4)
+    origin = Origin.INTERNAL if kind in (SERVICES_INTERNAL, NODE_PORTS_INTERNAL) else Origin.ANY
+    return FrontendKey(family, address, Protocol(encoded[size]), port, origin)
 
 
 def verdict(frontend: Frontend) -> Goto:

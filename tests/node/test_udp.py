@@ -135,6 +135,14 @@ def test_what_changed_while_the_daemon_was_away_is_cleaned_at_the_start(scene: S
     wait_until(lambda: scene.reaches(CLUSTER_IP) == SERVERS[1], "the endpoint that came meanwhile")
 
 
+def test_a_service_that_was_deleted_while_the_daemon_was_away_is_forgotten_at_the_start(scene: Scene) -> None:
+    assert scene.reaches(CLUSTER_IP) == SERVERS[0]
+    scene.world.stop()
+    (scene.world.manifests / "web.yaml").unlink()
+    scene.world.start()
+    wait_until(lambda: not scene.flows(), "the entry gone")
+
+
 def test_traffic_that_is_none_of_a_services_keeps_its_entries(scene: Scene) -> None:
     assert scene.reaches(SERVERS[0], 8080) == SERVERS[0]
     before = scene.flows(8080)
