@@ -48,13 +48,11 @@ class Metrics:
             return Counter(name, help, labels, registry=registry)
 
         sync = "kubeproxy_sync_proxy_rules"
-        self._sync = histogram(f"{sync}_duration_seconds", "Time to bring one change to the kernel")
-        self._full = histogram(
-            "kubeproxy_sync_full_proxy_rules_duration_seconds", "The same, of those that compared everything"
-        )
-        self._partial = histogram(
-            "kubeproxy_sync_partial_proxy_rules_duration_seconds",
-            "The same, of those that wrote what had changed",
+        self._sync, self._full, self._partial = (
+            histogram(
+                f"kubeproxy_sync{kind}_proxy_rules_duration_seconds", f"Time to bring {what} to the kernel"
+            )
+            for kind, what in (("", "one change"), ("_full", "everything"), ("_partial", "what changed"))
         )
         self._programming = histogram(
             "kubeproxy_network_programming_duration_seconds",
