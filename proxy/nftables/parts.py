@@ -19,10 +19,14 @@ from dataclasses import dataclass
 
 from netlink.family import Family
 from netlink.nftables.expressions import (
+    Cmp,
+    Compare,
     Constant,
     Dnat,
     Do,
     Lookup,
+    Meta,
+    MetaKey,
     RandomIndex,
     Remember,
     Verdict,
@@ -40,6 +44,7 @@ from netlink.nftables.operations import (
     Operation,
 )
 from proxy.frontends import Action, Frontend, Masquerade
+from proxy.model import Protocol
 from proxy.nftables.ruleset import (
     COMMON_SHAPES,
     Kind,
@@ -52,6 +57,8 @@ from proxy.nftables.ruleset import (
 FROM, TO, CHOICE, CLIENTS = "affinity_from_", "affinity_to_", "affinity_choice_", "affinity_clients_"
 MOST_CLIENTS = 65536
 """Clients that an endpoint remembers; the next one is balanced anew with each connection."""
+LONGEST_COMMENT = 128
+"""What nft loads; the kernel takes more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ class Target:
     """An endpoint of a service port with affinity, and the clients that go there."""
 
     service: str
+    protocol: Protocol
     address: str
     port: int
     seconds: int
@@ -93,13 +101,13 @@ class Target:
     @property
     def chain(self) -> str:
         """The name of its chain."""
-        return TO + _digest(self.service, self.address, self.port, self.seconds)
+        return TO + _digest(self.service, self.protocol.value, self.address, self.port, self.seconds)
 
     @property
     def clients(self) -> Map:
         """The set of its clients, each forgotten `seconds` after its last connection."""
         name = CLIENTS + self.chain.removeprefix(TO)
-        comment = f"clients of {self.service} that go to {_place(self.address, self.port)}"
+        comment = _short(f"clients that go to {_place(self.address, self.port)} of {self.service}")
         return Map(
             name, (Field.SOURCE,), dynamic=True, timeout=self.seconds, size=MOST_CLIENTS, comment=comment
         )
@@ -112,13 +120,17 @@ class Target:
     def make(self, family: Family) -> tuple[Operation, ...]:
         """Return what makes it."""
         go = (
+            # nft loads a dnat to a port only after a match of the protocol.
+            Meta(MetaKey.L4PROTO),
+            Cmp(Compare.EQ, bytes([self.protocol.value])),
             source(family),
             Remember(self.clients.name),
             Constant(socket.inet_pton(family.af, self.address)),
             Constant(struct.pack(">H", self.port), family.size // 4),
             Dnat(family.af, address_slot=0, port_slot=family.size // 4),
         )
-        rule = Rule(self.chain, go, f"{self.service}: remember the client, {_place(self.address, self.port)}")
+        comment = _short(f"remember the client, {_place(self.address, self.port)} of {self.service}")
+        rule = Rule(self.chain, go, comment)
         return AddMap(self.clients), AddChain(Chain(self.chain)), AddRule(rule)
 
     def remove(self) -> tuple[Operation, ...]:
@@ -142,7 +154,7 @@ class AffinityBalancer:
     def choice(self) -> Map:
         """The map from a random number to an endpoint."""
         name = CHOICE + self.chain.removeprefix(FROM)
-        comment = f"endpoints of {self.targets[0].service} for new clients"
+        comment = _short(f"endpoints for new clients of {self.targets[0].service}")
         return Map(name, (Field.INDEX,), verdicts=True, comment=comment)
 
     @property
@@ -226,7 +238,8 @@ def _is_a_way(part: Part) -> bool:
 
 def _targets(frontend: Frontend) -> tuple[Target, ...]:
     """Return the endpoints as targets; all frontends of a service port share them."""
-    return tuple(Target(frontend.service, b.address, b.port, frontend.affinity) for b in frontend.endpoints)
+    service, protocol, seconds = frontend.service, frontend.key.protocol, frontend.affinity
+    return tuple(Target(service, protocol, b.address, b.port, seconds) for b in frontend.endpoints)
 
 
 def _digest(*values: object) -> str:
@@ -235,3 +248,7 @@ def _digest(*values: object) -> str:
 
 def _place(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _short(comment: str) -> str:
+    return comment if len(comment) <= LONGEST_COMMENT else f"{comment[: LONGEST_COMMENT - 3]}..."
