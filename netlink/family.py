@@ -15,15 +15,16 @@ class Family(Enum):
     V4 = 4
     V6 = 6
 
-    @property
-    def af(self) -> int:
-        """AF_INET or AF_INET6; NFPROTO_IPV4 and NFPROTO_IPV6 have the same numbers (2 and 10)."""
-        return socket.AF_INET if self is Family.V4 else socket.AF_INET6
+    __hash__ = object.__hash__  # Enum's own is Python code, and families are in keys of 100,000 elements
 
-    @property
-    def size(self) -> int:
-        """Bytes in an address."""
-        return 4 if self is Family.V4 else 16
+    af: int
+    """AF_INET or AF_INET6; NFPROTO_IPV4 and NFPROTO_IPV6 have the same numbers (2 and 10)."""
+    size: int
+    """Bytes in an address."""
+
+    def __init__(self, version: int) -> None:
+        self.af = int(socket.AF_INET if version == 4 else socket.AF_INET6)
+        self.size = 4 if version == 4 else 16
 
     @property
     def bits(self) -> int:

@@ -103,6 +103,7 @@ class Daemon:
             stack.enter_context(web.serving(config.metrics_address, pages))
             stack.enter_context(web.serving(config.healthz_address, health))
             stack.enter_context(serving(config.socket, CniService(plugin), inspect))
+            gc.disable()  # until the first sync: nothing that is loaded for it is garbage
             source = threading.Thread(target=self._follow, args=(inspect,), name="source")
             source.start()
             stack.callback(source.join)
@@ -153,7 +154,10 @@ class Daemon:
     def _sync(self, syncer: Syncer, pending: Pending) -> None:
         first = not self._synced.is_set()
         start = time.monotonic()
-        full = syncer.sync(pending)
+        try:
+            full = syncer.sync(pending)
+        finally:
+            gc.enable()
         self._metrics.synced(pending, time.monotonic() - start, full=full)
         self._health.update(syncer.health_checks, syncer.served_addresses)
         if first:

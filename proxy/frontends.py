@@ -21,6 +21,8 @@ class Origin(Enum):
     ANY = "any"
     INTERNAL = "internal"
 
+    __hash__ = object.__hash__
+
 
 class Masquerade(Enum):
     """Whose source address is replaced: nobody's, that of sources outside the pod ranges, or everybody's."""
@@ -28,6 +30,8 @@ class Masquerade(Enum):
     NEVER = "never"
     OFF_CLUSTER = "off-cluster"
     ALWAYS = "always"
+
+    __hash__ = object.__hash__
 
 
 class Action(Enum):
@@ -183,10 +187,12 @@ def candidates(
             ready[backend] = endpoint
         elif endpoint.serving and endpoint.terminating:
             fallback.add(Backend(endpoint.address, number, endpoint.node == place.node))
+    usable = sorted(ready) or sorted(fallback)
+    here = [b for b in usable if b.local] or sorted(b for b in fallback if b.local)
     is_near = narrowing(ready.values(), place)
-    everywhere = sorted(b for b, e in ready.items() if is_near is None or is_near(e)) or sorted(fallback)
-    here = sorted(b for b in ready if b.local) or sorted(b for b in fallback if b.local)
-    return Candidates(tuple(everywhere), tuple(here))
+    if is_near is not None:
+        usable = [b for b in usable if is_near(ready[b])]
+    return Candidates(tuple(usable), tuple(here))
 
 
 def behind(

@@ -35,6 +35,8 @@ class Protocol(Enum):
     UDP = 17
     SCTP = 132
 
+    __hash__ = object.__hash__  # in Python, Enum's own costs more than the look-up that it is for
+
 
 class TrafficPolicy(Enum):
     """Which endpoints traffic may go to: any, or those on the node it reaches."""

@@ -93,6 +93,11 @@ def delta(old: Frontend | None, new: Frontend | None) -> Delta:
             found.new_verdicts.append((prefix, after))
     was = endpoint_data(old) if old else []
     now = endpoint_data(new) if new else []
+    if not was:  # as in a load of everything
+        found.new_endpoints.extend(
+            (prefix + index, data) for index, data in zip(_indexes(len(now)), now, strict=True)
+        )
+        return found
     keys = [prefix + index for index in _indexes(max(len(was), len(now)))]
     for key, here, there in zip(keys, was, now, strict=False):
         if here != there:
