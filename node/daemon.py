@@ -5,6 +5,8 @@ Start adopts what the kernel and the ledger hold; stop leaves both as they are.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import logging
 import signal
@@ -165,6 +167,8 @@ class Daemon:
             # What is here now stays: no collection needs to walk it again.
             gc.collect()
             gc.freeze()
+            with contextlib.suppress(AttributeError):  # a C library without it
+                ctypes.CDLL(None).malloc_trim(0)  # the load needed more than what it leaves
             log.info("ready: %d services, %d elements", syncer.status.services, syncer.elements)
         if syncer.status.ready and self._config.cni_conf_dir and not self._announced:
             # The runtime believes in a network from here on.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from ipaddress import ip_address, ip_network
@@ -262,7 +263,8 @@ def _endpoint(field: str, wire: WireEndpoint, family: Family) -> Endpoint:
     conditions = wire.conditions or WireConditions()
     ready = conditions.ready is not False
     serving = ready if conditions.serving is None else conditions.serving
-    node = _plain(f"{field}.nodeName", wire.node_name) if wire.node_name else ""
+    # The same few names in 100,000 endpoints are one string each.
+    node = sys.intern(_plain(f"{field}.nodeName", wire.node_name)) if wire.node_name else ""
     found = Endpoint(address, node, ready, serving, bool(conditions.terminating))
     if wire.hints is None:  # as in most of the endpoints, of which there are 100,000
         return found

@@ -1,21 +1,27 @@
-"""The packet-trace table: a fixed address plan, services, and what each packet must meet.
+"""The packet-trace table's world: an address plan in both IP families, services and their endpoints.
 
-    pods of node1 (this node)   10.244.1.10  10.244.1.11  10.244.1.12 (no endpoint)
-    pods of node2               10.244.2.10  10.244.2.11
-    node1 192.168.50.11         node2 192.168.50.12
-    outside client              198.51.100.10
-    cluster addresses           10.96.0.0/16
+    pods of node1 (this node)   pod1 10.244.1.10   pod1b 10.244.1.11   pod1c 10.244.1.12 (no endpoint)
+    pods of node2               pod2 10.244.2.10   pod2b 10.244.2.11
+    node1                       192.168.50.11 (InternalIP), second1 192.168.60.11, alias1 192.168.50.111
+    node2                       192.168.50.12 (InternalIP), second2 192.168.60.12
+    outside clients             client 198.51.100.10, stranger 203.0.113.10 (pods keep their address to there)
+    service number N            10.96.0.N, external address 198.18.0.N, load balancer 198.19.0.N,
+                                node port 30000 + N
 
-A case says what a packet may end at: endpoints ("address:port", all of them must be possible and no
-other), "drop" or "reject"; and whether its source address is replaced.
-Source of the expectations: Kubernetes documentation, "Virtual IPs and Service Proxies" and "Service".
+Addresses are written in IPv4. IPv6 has the same numbers: 10.244.1.10 is fd00:10:244:1::10.
+This node is in zone a. Its node ports are on its InternalIP and on 192.168.60.0/24, not on alias1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from msgspec.structs import replace
 
 from netlink.family import Family
+from node import masquerade
+from proxy.frontends import Frontend, frontends
 from proxy.model import (
     Endpoint,
     EndpointPort,
@@ -25,176 +31,264 @@ from proxy.model import (
     Protocol,
     Service,
     ServicePort,
-    Snapshot,
     TrafficPolicy,
 )
+from proxy.nftables.dataplane import NodeRanges
+from proxy.table import FrontendTable
+from proxy.topology import Place
 
-ME = "node1"
-POD1, POD1B, POD1C = "10.244.1.10", "10.244.1.11", "10.244.1.12"
-POD2, POD2B = "10.244.2.10", "10.244.2.11"
-NODE1, NODE2 = "192.168.50.11", "192.168.50.12"
-NODE1_ALIAS = "192.168.50.111"
-CLIENT = "198.51.100.10"
-TCP, UDP = Protocol.TCP, Protocol.UDP
-LOCAL, CLUSTER = TrafficPolicy.LOCAL, TrafficPolicy.CLUSTER
-HOME = {POD1: "node1", POD1B: "node1", POD2: "node2", POD2B: "node2", NODE1: "node1", NODE2: "node2"}
+TCP, UDP, SCTP = Protocol.TCP, Protocol.UDP, Protocol.SCTP
+LOCAL = TrafficPolicy.LOCAL
+HERE = Place("node1", "a")
+PLACES = {
+    "pod1": "10.244.1.10",
+    "pod1b": "10.244.1.11",
+    "pod1c": "10.244.1.12",
+    "pod2": "10.244.2.10",
+    "pod2b": "10.244.2.11",
+    "node1": "192.168.50.11",
+    "second1": "192.168.60.11",
+    "alias1": "192.168.50.111",
+    "loopback": "127.0.0.1",
+    "node2": "192.168.50.12",
+    "second2": "192.168.60.12",
+    "client": "198.51.100.10",
+    "stranger": "203.0.113.10",
+    "upstream": "192.0.2.1",
+    "nobody": "10.96.255.1",
+}
+"""Who has which address. No service has nobody's, although it is a cluster address; the default route leads
+upstream."""
+OWN = ("node1", "second1", "alias1", "loopback")
+"""What this node itself has."""
+HOME = dict.fromkeys(("pod1", "pod1b", "node1"), "node1") | dict.fromkeys(("pod2", "pod2b", "node2"), "node2")
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One packet: (source, destination, port) → what it may end at, and whether it is masqueraded."""
+def twin(text: str) -> str:
+    """Return the IPv6 address or range that stands for an IPv4 one: the same numbers, in groups.
 
-    name: str
-    source: str
-    destination: str
-    port: int
-    expected: frozenset[str]
-    masqueraded: bool = False
-    protocol: Protocol = TCP
+    A range's prefix must end at a byte. Loopback is a single address in IPv6.
+    """
+    address, _, length = text.partition("/")
+    if address.startswith("127."):
+        found = "::1"
+    elif address == "0.0.0.0":
+        found = "::"
+    else:
+        a, b, c, d = address.split(".")
+        found = str(ip_address(f"fd00:{a}:{b}:{c}::{d}"))
+    if not length:
+        return found
+    bits = {0: 0, 8: 32, 16: 48, 24: 64, 32: 128}[int(length)]
+    return str(ip_network(f"{found}/{128 if found == '::1' else bits}"))
 
 
-def case(name: str, way: str, expected: str, masqueraded: str = "", protocol: Protocol = TCP) -> Case:
-    """Write a case in a line: way is "source > destination:port", expected is blank-separated."""
-    source, target = way.split(" > ")
-    destination, port = target.split(":")
-    return Case(
-        name, source, destination, int(port), frozenset(expected.split()), masqueraded == "masq", protocol
-    )
+def both(*texts: str) -> tuple[str, ...]:
+    """Return addresses or ranges and their twins."""
+    return (*texts, *map(twin, texts))
 
 
 def service(
-    name: str,
-    ip: str,
-    *ports: ServicePort,
-    internal: TrafficPolicy = CLUSTER,
-    external: TrafficPolicy = CLUSTER,
+    name: str, number: int, *ports: ServicePort, families: tuple[Family, ...] = tuple(Family), **fields: Any
 ) -> Service:
-    return Service(ObjectName("test", name), (ip,), ports, internal, external)
+    """Return a service with a cluster address for each of its families; `fields` are those of Service."""
+    address = f"10.96.0.{number}"
+    cluster_ips = tuple(address if f is Family.V4 else twin(address) for f in families)
+    return Service(ObjectName("test", name), cluster_ips, ports, **fields)
 
 
-def endpoints(
-    name: str, port: int, *addresses: str | Endpoint, port_name: str = "", protocol: Protocol = TCP
-) -> EndpointSlice:
-    found = tuple(a if isinstance(a, Endpoint) else Endpoint(a, HOME[a]) for a in addresses)
-    owner = ObjectName("test", name)
-    ports = (EndpointPort(port_name, protocol, port),)
-    return EndpointSlice(
-        ObjectName("test", f"{name}-{port_name}-{protocol.name}"), owner, Family.V4, ports, found
+def port(node_port: int = 0, number: int = 80, protocol: Protocol = TCP, name: str = "") -> ServicePort:
+    """Return a service's port."""
+    return ServicePort(name, protocol, number, node_port)
+
+
+def external(number: int) -> dict[str, tuple[str, ...]]:
+    """Return the externalIPs and the load balancer's addresses of a service by its number."""
+    return {"external_ips": both(f"198.18.0.{number}"), "balancer_ips": both(f"198.19.0.{number}")}
+
+
+def ready(name: str, *zones: str, nodes: tuple[str, ...] = ()) -> Endpoint:
+    """Return a ready endpoint with the hints that it has."""
+    return Endpoint(name, HOME[name], zone_hints=zones, node_hints=nodes)
+
+
+def unready(name: str, *, serving: bool = False, terminating: bool = False) -> Endpoint:
+    """Return an endpoint that is not ready."""
+    return Endpoint(name, HOME[name], False, serving, terminating)
+
+
+def draining(name: str) -> Endpoint:
+    """Return an endpoint that is terminating, and serving until it has gone."""
+    return unready(name, serving=True, terminating=True)
+
+
+def slices(
+    name: str,
+    who: str | tuple[Endpoint, ...],
+    target: EndpointPort,
+    families: tuple[Family, ...] = tuple(Family),
+) -> tuple[EndpointSlice, ...]:
+    """Return a service's EndpointSlice in each family; `who`: endpoints, or names if all are ready."""
+    found = who if isinstance(who, tuple) else tuple(map(ready, who.split()))
+    return tuple(
+        EndpointSlice(
+            ObjectName("test", f"{name}-{target.protocol.name}-{target.port}-{family.keyword}"),
+            ObjectName("test", name),
+            family,
+            (target,),
+            tuple(replace(e, address=place(e.address, family)) for e in found),
+        )
+        for family in families
     )
 
 
-def unready(address: str, *, serving: bool = False, terminating: bool = False) -> Endpoint:
-    return Endpoint(address, HOME[address], False, serving, terminating)
+def place(name: str, family: Family) -> str:
+    """Return the address of a place."""
+    return PLACES[name] if family is Family.V4 else twin(PLACES[name])
 
 
-PORTS = (ServicePort("http", TCP, 80), ServicePort("dns", UDP, 53), ServicePort("dns-tcp", TCP, 53))
+WEB = EndpointPort("", TCP, 8080)
+DNS = EndpointPort("", UDP, 5353)
+PORTS = (
+    port(30006, name="http"),
+    port(30056, 53, UDP, "dns"),
+    port(30056, 53, TCP, "dns-tcp"),
+)
+ONLY_V4, ONLY_V6 = (Family.V4,), (Family.V6,)
+DAY = 86400
 
 SERVICES = (
-    service("one", "10.96.0.1", ServicePort("", TCP, 80)),
-    service("two", "10.96.0.2", ServicePort("", TCP, 80, 30002)),
-    service("four", "10.96.0.4", ServicePort("", TCP, 80)),
-    service("none", "10.96.0.5", ServicePort("", TCP, 80, 30005), ServicePort("dns", UDP, 53, 30053)),
-    service("ports", "10.96.0.6", *PORTS),
-    service("inside", "10.96.0.7", ServicePort("", TCP, 80), internal=LOCAL),
-    service("inside-away", "10.96.0.8", ServicePort("", TCP, 80), internal=LOCAL),
-    service("outside", "10.96.0.9", ServicePort("", TCP, 80, 30009), external=LOCAL),
-    service("outside-away", "10.96.0.10", ServicePort("", TCP, 80, 30010), external=LOCAL),
-    service("draining", "10.96.0.11", ServicePort("", TCP, 80)),
-    service("half-ready", "10.96.0.12", ServicePort("", TCP, 80)),
-    service("host", "10.96.0.13", ServicePort("", TCP, 80, 30013)),
-    service("outside-none", "10.96.0.14", ServicePort("", TCP, 80, 30014), external=LOCAL),
-    service("slices", "10.96.0.15", ServicePort("", TCP, 80)),
+    service("one", 1, port()),
+    service("two", 2, port(30002), **external(2)),
+    service("udp", 3, port(30003, 53, UDP), **external(3)),
+    service("four", 4, port()),
+    service("none", 5, port(30005, name="web"), port(30055, 53, UDP, "dns"), **external(5)),
+    service("ports", 6, *PORTS),
+    service("inside", 7, port(), internal_policy=LOCAL),
+    service("inside-away", 8, port(), internal_policy=LOCAL),
+    service("outside", 9, port(30009), external_policy=LOCAL, **external(9)),
+    service("outside-away", 10, port(30010), external_policy=LOCAL, **external(10)),
+    service("draining", 11, port(30011)),
+    service("half-ready", 12, port()),
+    service("host", 13, port(30013)),
+    service("outside-none", 14, port(30014), external_policy=LOCAL, **external(14)),
+    service("slices", 15, port()),
+    service("self", 16, port(30016), external_policy=LOCAL),
+    service("host-here", 17, port(30017)),
+    service("unready", 18, port(30018), **external(18)),
+    service("gone", 19, port()),
+    service("inside-draining", 20, port(), internal_policy=LOCAL),
+    service("outside-draining", 21, port(30021), external_policy=LOCAL, **external(21)),
+    service("inside-unready", 22, port(), internal_policy=LOCAL),
+    service("published", 23, port()),
+    service("zone", 24, port(30024)),
+    service("zone-missing", 25, port()),
+    service("zone-away", 26, port()),
+    service("node-hint", 27, port()),
+    service("node-hint-away", 28, port()),
+    service("zone-local", 29, port(30029), internal_policy=LOCAL, external_policy=LOCAL),
+    service("zones", 30, port()),
+    service("sticky", 31, port(30031), affinity_seconds=DAY, **external(31)),
+    service("sticky-udp", 32, port(30032, 53, UDP), affinity_seconds=DAY),
+    service("sticky-local", 33, port(30033), affinity_seconds=DAY, external_policy=LOCAL),
+    service("no-node-port", 34, port(), **external(34)),
+    service("ranged", 35, port(30035), source_ranges=both("198.51.100.0/24"), **external(35)),
+    service("ranged-v4", 36, port(), source_ranges=("198.51.100.0/24",), **external(36)),
+    service(
+        "ranged-local", 37, port(30037), external_policy=LOCAL,
+        source_ranges=both("198.51.100.0/24", "10.244.0.0/16"), **external(37),
+    ),
+    service("claim-a", 38, port(), external_ips=both("198.18.0.38")),
+    service("claim-b", 39, port(), port(0, 81, name="more"), external_ips=both("198.18.0.38")),
+    service("only-v4", 40, port(30040), families=ONLY_V4),
+    service("only-v6", 41, port(30041), families=ONLY_V6),
+    service("half", 42, port(30042)),
+    service("alias", 43, port(0, 81), external_ips=both(PLACES["alias1"])),
+    service("sctp", 44, port(30044, 80, SCTP), port(30054, 81, SCTP, "none"), **external(44)),
+    service("inside-none", 45, port(), internal_policy=LOCAL),
+    service("both-local", 46, port(30046), internal_policy=LOCAL, external_policy=LOCAL, **external(46)),
+    service("outside-unready", 47, port(30047), external_policy=LOCAL),
+    service("outside-draining-away", 48, port(30048), external_policy=LOCAL),
+    service("udp-local", 49, port(30049, 53, UDP), internal_policy=LOCAL, external_policy=LOCAL),
+    service("zone-draining", 50, port()),
+    service("sticky-inside", 51, port(), affinity_seconds=DAY, internal_policy=LOCAL),
+    service("ranged-everyone", 52, port(), source_ranges=both("0.0.0.0/0"), **external(52)),
 )  # fmt: skip
 
 SLICES = (
-    endpoints("one", 8080, POD2),
-    endpoints("two", 8080, POD1, POD2),
-    endpoints("four", 8080, POD1, POD1B, POD2, POD2B),
-    endpoints("ports", 8080, POD1, port_name="http"),
-    endpoints("ports", 5353, POD2, port_name="dns", protocol=UDP),
-    endpoints("ports", 5354, POD2B, port_name="dns-tcp"),
-    endpoints("inside", 8080, POD1, POD2),
-    endpoints("inside-away", 8080, POD2),
-    endpoints("outside", 8080, POD1, POD2),
-    endpoints("outside-away", 8080, POD2, POD2B),
-    endpoints("draining", 8080, unready(POD1), unready(POD2, serving=True, terminating=True)),
-    endpoints("half-ready", 8080, POD1, unready(POD1B), unready(POD2, serving=True, terminating=True)),
-    endpoints("host", 8080, NODE2),
-    endpoints("slices", 8080, POD1, POD2),
-    EndpointSlice(
-        ObjectName("test", "slices-more"), ObjectName("test", "slices"), Family.V4,
-        (EndpointPort("", TCP, 9090),), (Endpoint(POD2B, "node2"), Endpoint(POD2, "node2")),
+    *slices("one", "pod2", WEB),
+    *slices("two", "pod1 pod2", WEB),
+    *slices("udp", "pod1 pod2", DNS),
+    *slices("four", "pod1 pod1b pod2 pod2b", WEB),
+    *slices("ports", "pod1", EndpointPort("http", TCP, 8080)),
+    *slices("ports", "pod2", EndpointPort("dns", UDP, 5353)),
+    *slices("ports", "pod2b", EndpointPort("dns-tcp", TCP, 5354)),
+    *slices("inside", "pod1 pod2", WEB),
+    *slices("inside-away", "pod2", WEB),
+    *slices("outside", "pod1 pod2", WEB),
+    *slices("outside-away", "pod2 pod2b", WEB),
+    *slices("draining", (unready("pod1"), unready("pod1b", terminating=True), draining("pod2")), WEB),
+    *slices("half-ready", (ready("pod1"), unready("pod1b"), draining("pod2")), WEB),
+    *slices("host", "node2", WEB),
+    *slices("slices", "pod1 pod2", WEB),
+    *slices("slices", "pod2b pod2", EndpointPort("", TCP, 9090)),
+    *slices("self", "pod1", WEB),
+    *slices("host-here", "node1", WEB),
+    *slices("unready", (unready("pod1"), unready("pod2", serving=True)), WEB),
+    *slices("gone", (unready("pod1", terminating=True), unready("pod2", terminating=True)), WEB),
+    *slices("inside-draining", (draining("pod1"), ready("pod2")), WEB),
+    *slices("outside-draining", (draining("pod1"), ready("pod2")), WEB),
+    *slices("inside-unready", (unready("pod1"), ready("pod2")), WEB),
+    *slices("published", (Endpoint("pod1", "node1", ready=True, serving=False),), WEB),
+    *slices("zone", (ready("pod1", "a"), ready("pod2", "b")), WEB),
+    *slices("zone-missing", (ready("pod1", "a"), ready("pod2")), WEB),
+    *slices("zone-away", (ready("pod1", "b"), ready("pod2", "c")), WEB),
+    *slices("node-hint", (ready("pod1", "a", nodes=("node1",)), ready("pod2", "a", nodes=("node2",))), WEB),
+    *slices(
+        "node-hint-away",
+        (ready("pod2", "b", nodes=("node2",)), ready("pod2b", "a", nodes=("node2",))), WEB,
     ),
+    *slices("zone-local", (ready("pod1", "b"), ready("pod2", "a")), WEB),
+    *slices("zones", (ready("pod1", "a", "b"), ready("pod2", "b"), ready("pod2b", "a")), WEB),
+    *slices("sticky", "pod1 pod1b pod2", WEB),
+    *slices("sticky-udp", "pod1 pod1b pod2", DNS),
+    *slices("sticky-local", "pod1 pod1b pod2", WEB),
+    *slices("no-node-port", "pod1 pod2", WEB),
+    *slices("ranged", "pod1 pod2", WEB),
+    *slices("ranged-v4", "pod2", WEB),
+    *slices("ranged-local", "pod1 pod2", WEB),
+    *slices("claim-a", "pod1", WEB),
+    *slices("claim-b", "pod2", WEB),
+    *slices("claim-b", "pod2", EndpointPort("more", TCP, 9090)),
+    *slices("only-v4", "pod1", WEB, ONLY_V4),
+    *slices("only-v6", "pod2", WEB, ONLY_V6),
+    *slices("half", "pod2", WEB, ONLY_V4),
+    *slices("alias", "pod2", WEB),
+    *slices("sctp", "pod1 pod2", EndpointPort("", SCTP, 8080)),
+    *slices("both-local", "pod1 pod2", WEB),
+    *slices("outside-unready", (unready("pod1"), ready("pod2")), WEB),
+    *slices("outside-draining-away", (draining("pod2"),), WEB),
+    *slices("udp-local", "pod2", DNS),
+    *slices("zone-draining", (draining("pod1"), ready("pod2", "a")), WEB),
+    *slices("sticky-inside", "pod1 pod1b pod2", WEB),
+    *slices("ranged-everyone", "pod2", WEB),
 )  # fmt: skip
 
 NODES = {
-    "node1": Node("node1", ("10.244.1.0/24",), (NODE1,)),
-    "node2": Node("node2", ("10.244.2.0/24",), (NODE2,)),
+    "node1": Node("node1", both("10.244.1.0/24"), both(PLACES["node1"]), zone="a"),
+    "node2": Node("node2", both("10.244.2.0/24"), both(PLACES["node2"]), zone="b"),
 }
 
 
-def snapshot() -> Snapshot:
-    """Return the plan as a snapshot."""
-    slices: dict[ObjectName, tuple[EndpointSlice, ...]] = {}
-    for piece in SLICES:
-        slices[piece.service] = (*slices.get(piece.service, ()), piece)
-    return Snapshot({s.name: s for s in SERVICES}, slices, NODES)
+def programmed(family: Family) -> tuple[Frontend, ...]:
+    """Return the frontends of the plan on this node, in a family."""
+    table = FrontendTable()
+    for one in SERVICES:
+        table.replace(one.name, frontends(one, [s for s in SLICES if s.service == one.name], HERE))
+    return tuple(f for f in table if f.key.family is family)
 
 
-P1, P1B, P2, P2B = (f"{a}:8080" for a in (POD1, POD1B, POD2, POD2B))
-
-MORE = f"{POD2B}:9090 {POD2}:9090"
-
-CASES = (
-    # Cluster addresses
-    case("a pod reaches a pod of another node", f"{POD1} > 10.96.0.1:80", P2),
-    case("the client's address is kept between pods", f"{POD1B} > 10.96.0.2:80", f"{P1} {P2}"),
-    case("a pod of another node by this one", f"{POD2B} > 10.96.0.1:80", P2),
-    case("four endpoints, each possible", f"{POD1C} > 10.96.0.4:80", f"{P1} {P1B} {P2} {P2B}"),
-    case("the node itself, masqueraded as no pod", f"{NODE1} > 10.96.0.2:80", f"{P1} {P2}", "masq"),
-    case("another node, masqueraded", f"{NODE2} > 10.96.0.1:80", P2, "masq"),
-    case("an outside client, masqueraded", f"{CLIENT} > 10.96.0.2:80", f"{P1} {P2}", "masq"),
-    case("an endpoint in the host network", f"{POD1} > 10.96.0.13:80", f"{NODE2}:8080"),
-    case("a pod without service is not touched", f"{POD1} > {POD2}:8080", P2),
-    case("another protocol on the port is refused", f"{POD1} > 10.96.0.2:80", "reject", "", UDP),
-    # Ports and protocols
-    case("a named port", f"{POD1B} > 10.96.0.6:80", P1),
-    case("the same number for UDP", f"{POD1B} > 10.96.0.6:53", f"{POD2}:5353", "", UDP),
-    case("the same number for TCP", f"{POD1B} > 10.96.0.6:53", f"{POD2B}:5354"),
-    case("slices of one service with different ports", f"{POD1B} > 10.96.0.15:80", f"{P1} {P2} {MORE}"),
-    # No endpoints
-    case("no endpoints: TCP is refused", f"{POD1} > 10.96.0.5:80", "reject"),
-    case("no endpoints: UDP is refused", f"{POD1} > 10.96.0.5:53", "reject", "", UDP),
-    case("no endpoints: refused for the node", f"{NODE1} > 10.96.0.5:80", "reject"),
-    case("no endpoints: refused at the node port", f"{CLIENT} > {NODE1}:30005", "reject"),
-    case("no endpoints: UDP refused at the node port", f"{CLIENT} > {NODE1}:30053", "reject", "", UDP),
-    case("no endpoints anywhere under policy Local: refused", f"{CLIENT} > {NODE1}:30014", "reject"),
-    # Readiness
-    case("nobody ready: serving terminating endpoints", f"{POD1B} > 10.96.0.11:80", P2),
-    case("somebody ready: only ready endpoints", f"{POD1B} > 10.96.0.12:80", P1),
-    # internalTrafficPolicy
-    case("internal Local: endpoints of this node", f"{POD1B} > 10.96.0.7:80", P1),
-    case("internal Local without one here: dropped", f"{POD1B} > 10.96.0.8:80", "drop"),
-    case("internal Local for the node itself", f"{NODE1} > 10.96.0.7:80", P1, "masq"),
-    # Node ports
-    case("a node port is masqueraded", f"{CLIENT} > {NODE1}:30002", f"{P1} {P2}", "masq"),
-    case("on any address of the node", f"{CLIENT} > {NODE1_ALIAS}:30002", f"{P1} {P2}", "masq"),
-    case("from a pod of this node", f"{POD1B} > {NODE1}:30002", f"{P1} {P2}", "masq"),
-    case("from another node", f"{NODE2} > {NODE1}:30002", f"{P1} {P2}", "masq"),
-    case("from the node itself", f"{NODE1} > {NODE1}:30002", f"{P1} {P2}", "masq"),
-    case("to an endpoint in another node's network", f"{CLIENT} > {NODE1}:30013", f"{NODE2}:8080", "masq"),
-    # externalTrafficPolicy
-    case("external Local: endpoints of this node, address kept", f"{CLIENT} > {NODE1}:30009", P1),
-    case("external Local without one here: dropped", f"{CLIENT} > {NODE1}:30010", "drop"),
-    case("external Local from a pod: all, address kept", f"{POD1B} > {NODE1}:30009", f"{P1} {P2}"),
-    case("external Local from a pod, none here: all", f"{POD1B} > {NODE1}:30010", f"{P2} {P2B}"),
-    case("external Local from the node: all", f"{NODE1} > {NODE1}:30010", f"{P2} {P2B}", "masq"),
-    case("external Local does not touch the cluster address", f"{POD1B} > 10.96.0.9:80", f"{P1} {P2}"),
-    # Hairpin
-    case("a pod that reaches itself is masqueraded", f"{POD1} > 10.96.0.6:80", P1, "masq"),
-    # Egress
-    case("a pod to the outside is masqueraded", f"{POD1} > {CLIENT}:80", f"{CLIENT}:80", "masq"),
-    case("a pod to another node keeps its address", f"{POD1} > {NODE2}:80", f"{NODE2}:80"),
-    case("the node to the outside keeps its address", f"{NODE1} > {CLIENT}:80", f"{CLIENT}:80"),
-    case("somebody else's traffic through the node", f"{CLIENT} > {NODE2}:80", f"{NODE2}:80"),
-)  # fmt: skip
+def node_ranges() -> NodeRanges:
+    """Return the node's ranges. They select loopback for node ports too: the rules know better."""
+    selected = both(f"{PLACES['node1']}/32", "192.168.60.0/24", "127.0.0.0/8")
+    return masquerade.ranges(NODES, HERE.node, both("203.0.113.0/24"), node_ports=selected)
