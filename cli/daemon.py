@@ -7,12 +7,12 @@ import logging
 import socket
 import sys
 from dataclasses import replace
-from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.host import add_paths, need_root
 from cli.output import CommandError
+from cli.ranges import add_masquerade, add_node_ports, chosen
 
 if TYPE_CHECKING:
     from ipam.pools import IpamConfig
@@ -97,19 +97,7 @@ def _add_pods(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="with --mode flat: where the node answers for them (default: the interface that leads out)",
     )
-    pods.add_argument(
-        "--masquerade",
-        choices=("both", "ipv4", "ipv6", "none"),
-        default="both",
-        help="in which families pods get the node's address towards the outside (default: %(default)s)",
-    )
-    pods.add_argument(
-        "--no-masquerade-cidr",
-        action="append",
-        default=[],
-        metavar="CIDR",
-        help="pods keep their address towards this range, as towards pods and nodes; can be repeated",
-    )
+    add_masquerade(pods)
     pods.add_argument(
         "--cni-conf-dir",
         type=Path,
@@ -120,14 +108,7 @@ def _add_pods(parser: argparse.ArgumentParser) -> None:
 
 def _add_services(parser: argparse.ArgumentParser) -> None:
     services = parser.add_argument_group("services")
-    services.add_argument(
-        "--nodeport-addresses",
-        action="append",
-        default=[],
-        metavar="CIDR",
-        help="node ports are on the node's addresses in this range; can be repeated; `primary`, the default, "
-        "are the addresses in its Node object",
-    )
+    add_node_ports(services)
     services.add_argument(
         "--conntrack-tcp-be-liberal",
         action="store_true",
@@ -168,29 +149,20 @@ def run_daemon(args: argparse.Namespace) -> int:
 
 def _sync_config(args: argparse.Namespace) -> SyncConfig:
     from cni.settings import Mode
-    from netlink.family import Family
     from node.syncer import SyncConfig
 
-    for cidr in args.no_masquerade_cidr:
-        _check_cidr("--no-masquerade-cidr", cidr)
-    node_ports = [part for value in args.nodeport_addresses for part in value.split(",")]
-    if "primary" in node_ports and len(node_ports) > 1:
-        raise CommandError("--nodeport-addresses primary stands alone: it is no range")
-    node_ports = [cidr for cidr in node_ports if cidr != "primary"]
-    for cidr in node_ports:
-        _check_cidr("--nodeport-addresses", cidr)
+    ranges = chosen(args)
     if args.mtu is not None and not 576 <= args.mtu <= 65535:
         raise CommandError(f"--mtu {args.mtu} is not between 576 and 65535")
-    families = {"both": set(Family), "ipv4": {Family.V4}, "ipv6": {Family.V6}, "none": set()}
     return SyncConfig(
         node=args.node_name,
         mode=Mode(args.mode),
         mtu=args.mtu,
-        no_masquerade=tuple(args.no_masquerade_cidr),
-        masquerade=frozenset(families[args.masquerade]),
+        no_masquerade=ranges.no_masquerade,
+        masquerade=ranges.masquerade,
         ipam=_ipam_config(args),
         uplink=args.flat_interface,
-        node_port_addresses=tuple(node_ports),
+        node_port_addresses=ranges.node_ports,
     )
 
 
@@ -221,13 +193,6 @@ def _ipam_config(args: argparse.Namespace) -> IpamConfig:
         return IpamConfig.from_json(replace(config, pools=(*config.pools, *everybody)).to_json())
     except RangeError as error:
         raise CommandError(str(error)) from None
-
-
-def _check_cidr(flag: str, value: str) -> None:
-    try:
-        ip_network(value)
-    except ValueError as error:
-        raise CommandError(f"{flag} {value}: {error}") from None
 
 
 def _check_address(flag: str, value: str) -> None:

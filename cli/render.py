@@ -7,11 +7,11 @@ import json
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.output import CommandError, complain, show
+from cli.ranges import add_masquerade, add_node_ports, chosen, families
 
 if TYPE_CHECKING:
     from netlink.family import Family
@@ -65,29 +65,8 @@ def add_parser(commands: Any) -> None:
         choices=("ipv4", "ipv6", "both"),
         help="only these (default: what the node serves, which is IPv4, and IPv6 if it has such a podCIDR)",
     )
-    parser.add_argument(
-        "--masquerade",
-        choices=("both", "ipv4", "ipv6", "none"),
-        default="both",
-        help="in which families pods get the node's address towards the outside (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--no-masquerade-cidr",
-        action="append",
-        default=[],
-        type=_cidr,
-        metavar="CIDR",
-        help="pods keep their address towards this range, as towards pods and nodes; can be repeated",
-    )
-    parser.add_argument(
-        "--nodeport-addresses",
-        action="append",
-        default=[],
-        type=_node_ports,
-        metavar="CIDR",
-        help="node ports are on the node's addresses in this range; can be repeated; `primary`, the default, "
-        "are the addresses in its Node object",
-    )
+    add_masquerade(parser)
+    add_node_ports(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -144,6 +123,7 @@ def _render(args: argparse.Namespace) -> Rendering:
     from proxy.nftables.ruleset import TABLE
     from proxy.topology import Place
 
+    options = chosen(args)
     content = ManifestFolder(args.folder).read()
     snapshot = _snapshot(content.objects)
     me = snapshot.nodes.get(args.node_name, Node(args.node_name))
@@ -152,19 +132,19 @@ def _render(args: argparse.Namespace) -> Rendering:
     ranges = masquerade.ranges(
         snapshot.nodes,
         me.name,
-        args.no_masquerade_cidr,
-        frozenset(_families(args.masquerade)),
-        _chosen_node_ports(args.nodeport_addresses),
+        options.no_masquerade,
+        options.masquerade,
+        options.node_ports,
     )
     rulesets: dict[str, str] = {}
-    families = _families(args.family) if args.family else _served(me)
-    for family in families:
+    wanted = families(args.family) if args.family else _served(me)
+    for family in wanted:
         nft = FakeNft(family)
         Dataplane(nft).load((f for f in served if f.key.family is family), ranges)
         assert nft.state
         rulesets[f"ipv{family.value}"] = listing(Table(family, TABLE), nft.state)
     return Rendering(
-        tuple(f for f in served if f.key.family in families),
+        tuple(f for f in served if f.key.family in wanted),
         rulesets,
         (*content.problems, *_missing(snapshot, me), *overlaps, *conflicts),
     )
@@ -201,16 +181,10 @@ def _missing(snapshot: Snapshot, me: Node) -> list[str]:
     return []
 
 
-def _families(word: str) -> tuple[Family, ...]:
-    from netlink.family import Family
-
-    return {"both": (Family.V4, Family.V6), "ipv4": (Family.V4,), "ipv6": (Family.V6,), "none": ()}[word]
-
-
 def _served(me: Node) -> tuple[Family, ...]:
     """Return the IP families that a node serves: IPv4, and what its pods' ranges have."""
     has_ipv6 = any(":" in cidr for cidr in me.pod_cidrs)
-    return _families("both" if has_ipv6 else "ipv4")
+    return families("both" if has_ipv6 else "ipv4")
 
 
 def _row(frontend: Frontend) -> dict[str, Any]:
@@ -231,23 +205,3 @@ def _row(frontend: Frontend) -> dict[str, Any]:
         "restricted": frontend.sources is not None,
         "sources": list(frontend.sources or ()),
     }
-
-
-def _cidr(text: str) -> str:
-    """Check a CIDR, for argparse."""
-    try:
-        ip_network(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _node_ports(text: str) -> tuple[str, ...]:
-    """Read one --nodeport-addresses, for argparse; none are `primary`."""
-    return () if text == "primary" else tuple(map(_cidr, text.split(",")))
-
-
-def _chosen_node_ports(given: list[tuple[str, ...]]) -> tuple[str, ...]:
-    if len(given) > 1 and () in given:
-        raise CommandError("--nodeport-addresses primary stands alone: it is no range")
-    return tuple(cidr for part in given for cidr in part)

@@ -213,21 +213,26 @@ def test_a_folder_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
     assert render(tmp_path / "none") == (1, "", f"podwire: {tmp_path / 'none'} is not a folder\n")
 
 
+@pytest.mark.parametrize("words", [("--family", "ipx"), ("-o", "yaml")], ids=" ".join)
+def test_wrong_usage(folder: Path, words: tuple[str, ...]) -> None:
+    status, out, err = render(folder, *words)
+    assert (status, out) == (2, "")
+    assert words[0] in err
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("--no-masquerade-cidr", "10.0.0.1/8"),
         ("--nodeport-addresses", "nonsense"),
         ("--nodeport-addresses", "primary,10.0.0.0/8"),
-        ("--family", "ipx"),
-        ("-o", "yaml"),
     ],
     ids=" ".join,
 )
-def test_wrong_usage(folder: Path, words: tuple[str, ...]) -> None:
+def test_a_wrong_range_is_a_sentence(folder: Path, words: tuple[str, ...]) -> None:
     status, out, err = render(folder, *words)
-    assert (status, out) == (2, "")
-    assert words[0] in err
+    assert (status, out) == (1, "")
+    assert err.startswith(f"podwire: {words[0]} ")
 
 
 def test_primary_stands_alone(folder: Path) -> None:
