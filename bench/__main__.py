@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import cni, live, proxy
+from bench import cni, connect, live, proxy
 
-PARTS = (proxy, cni, live)
+PARTS = (proxy, connect, cni, live)
 
 
 def main() -> None:
@@ -18,9 +18,8 @@ def main() -> None:
     for part in PARTS:
         part.add_parser(commands)
     args = parser.parse_args()
-    for chosen in (
-        [args] if hasattr(args, "run") else [parser.parse_args([name]) for name in ("proxy", "cni", "live")]
-    ):
+    names = [part.__name__.rpartition(".")[2] for part in PARTS]
+    for chosen in [args] if hasattr(args, "run") else [parser.parse_args([name]) for name in names]:
         chosen.run(chosen)
 
 

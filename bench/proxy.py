@@ -1,15 +1,28 @@
-"""How long services take to get into the kernel, all and one by one."""
+"""How long services take to get into the kernel, all and one by one, and what they cost to keep."""
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import multiprocessing
 import os
-import resource
 import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from bench.figures import ms, p50, quantile, show, timed
-from bench.layout import Pair, chain_of, chain_per_service, pairs, piece
+from bench import layout as shapes
+from bench.figures import ms, p50, quantile, show
+from bench.layout import Pair, pair, pairs, piece
+from bench.plot import Curve, save
+from bench.plugins import resident
+from lab.probe import wait_status
 from netlink import netns
 from netlink.family import Family
 from netlink.nftables.batch import Nft
@@ -19,102 +32,247 @@ from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
 from proxy.topology import Place
 
-NODE = "node0"
-RANGES = NodeRanges(("10.128.0.0/9",), ("10.128.0.0/24",), ("10.128.0.0/9",))
-CHANGES = 200
+HERE = Place("node0")
+RANGES = NodeRanges((shapes.PODS,), ("10.128.0.0/24",), (shapes.PODS,))
+SIZES = ((100, 10), (1000, 10), (5000, 10), (10_000, 10), (44_000, 10), (5000, 50))
+CHANGES, SERVICES, ROLLING, MANY = 200, 100, 1000, 500
 SLOW_CHANGES = 5
+READY_SECONDS = 120.0
+
+LOAD, ADOPT = "load all", "adopt all after a restart"
+REPLACE, FEWER, MORE = "replace an endpoint", "an endpoint fewer", "an endpoint more"
+ADD, REMOVE = "add a service", "remove a service"
+REPLACE_MANY, ROLL = (
+    f"replace {MANY} endpoints of one service",
+    f"rolling update, {ROLLING} services, each change",
+)
+PLOTTED = (REPLACE, FEWER, ADD)
+
+
+@dataclass(slots=True)
+class Found:
+    """What was measured at one size: wall times and processor times in ms by what was done, memory in MB."""
+
+    wall: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+    memory: float = 0.0
+
+    def time(self, what: str, work: Callable[[], object]) -> None:
+        """Do something once, and note what it took."""
+        cpu, start = time.process_time(), time.perf_counter()
+        work()
+        self.wall.setdefault(what, []).append((time.perf_counter() - start) * 1e3)
+        self.cpu.setdefault(what, []).append((time.process_time() - cpu) * 1e3)
 
 
 def add_parser(commands: Any) -> None:
     """Add `proxy` to the bench's command line."""
     parser = commands.add_parser("proxy", help="load and change services in the kernel")
-    parser.add_argument("--services", type=int, nargs="+", default=[100, 1000, 10000])
-    parser.add_argument("--endpoints", type=int, default=10, help="per service (default: %(default)s)")
-    parser.add_argument("--no-chains", action="store_true", help="leave out the chain-per-service layout")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, type=_size, metavar="SERVICESxENDPOINTS")
+    parser.add_argument(
+        "--chains-up-to",
+        type=int,
+        default=10_000,
+        metavar="SERVICES",
+        help="measure the layout of a chain per service and endpoint up to this size; "
+        "its load takes minutes at 10,000 (default: %(default)s)",
+    )
+    parser.add_argument("--daemon", type=_size, default=(10_000, 10), help="the daemon's memory at this size")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write change latency over size there")
     parser.set_defaults(run=run)
 
 
+def _size(text: str) -> tuple[int, int]:
+    services, _, endpoints = text.partition("x")
+    if not services.isdecimal() or not endpoints.isdecimal() or not int(services) or not int(endpoints):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SERVICESxENDPOINTS")
+    return int(services), int(endpoints)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Measure each size in a namespace of its own."""
-    rows = []
-    for services in args.services:
-        layout = pairs(services, args.endpoints)
-        ours = _in_namespace(_measure, layout)
-        theirs = {} if args.no_chains else _in_namespace(_measure_chains, layout)
-        rows += [(f"{services} x {args.endpoints}", *row) for row in _rows(ours, theirs)]
-    columns = ("size", "what", "podwire ms", "p99", "chain per service, nft -f, ms", "ratio")
-    show("Service proxy: from a parsed snapshot to the kernel", columns, rows)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"\nlargest resident memory of this process, which also holds the other layout: {memory:.0f} MB")
-
-
-def _rows(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[tuple[str, ...]]:
+    """Measure each size in a process and a namespace of its own."""
     rows: list[tuple[str, ...]] = []
-    for what, samples in ours.items():
-        other = theirs.get(what)
-        rows.append(
-            (
-                what,
-                ms(p50(samples)),
-                ms(quantile(samples, 0.99)) if len(samples) > 1 else "",
-                ms(p50(other)) if other else "-",
-                f"{p50(samples) / p50(other):.4f}" if other else "-",
-            )
+    curves: list[Curve] = []
+    for services, endpoints in args.sizes:
+        _say(f"{services} services x {endpoints} endpoints")
+        ours = _apart(_measure, services, endpoints)
+        theirs = Found()
+        if services <= args.chains_up_to and endpoints <= 10:
+            _say(f"{services} x {endpoints} as chains, by nft -f")
+            theirs = _apart(_measure_chains, services, endpoints)
+        rows += [(f"{services} x {endpoints}", *row) for row in _rows(ours, theirs)]
+        if endpoints == 10:
+            curves += _curves(services, ours, theirs)
+    columns = ("size", "what", "p50 ms", "p99 ms", "cpu ms", "as chains, nft -f, ms", "ratio")
+    show("Service proxy: from a parsed snapshot to the kernel", columns, rows)
+    services, endpoints = args.daemon
+    _say(f"a daemon with {services} x {endpoints}")
+    print(f"\nThe daemon with {services} x {endpoints}: {_daemon(services, endpoints):.0f} MB resident")
+    if args.plot:
+        for path in save(curves, args.plot / "change-latency"):
+            print(f"wrote {path}")
+
+
+def _rows(ours: Found, theirs: Found) -> Iterator[tuple[str, ...]]:
+    for what, samples in ours.wall.items():
+        other = theirs.wall.get(what)
+        yield (
+            what,
+            ms(p50(samples)),
+            ms(quantile(samples, 0.99)) if len(samples) >= 100 else "",
+            ms(p50(ours.cpu[what])),
+            ms(p50(other)) if other else "-",
+            f"{p50(samples) / p50(other):.4f}" if other else "-",
         )
-    return rows
+    yield "memory of this process", f"{ours.memory:.0f} MB", "", "", "-", "-"
 
 
-def _in_namespace(work: Any, layout: list[Pair]) -> dict[str, list[float]]:
+def _curves(services: int, ours: Found, theirs: Found) -> list[Curve]:
+    return [
+        Curve(f"{name}: {what}", services, p50(found.wall[what]))
+        for name, found in (("podwire", ours), ("chain per service, nft -f", theirs))
+        for what in PLOTTED
+        if what in found.wall
+    ]
+
+
+def _apart(work: Callable[[list[Pair]], Found], services: int, endpoints: int) -> Found:
+    """Measure in a child, whose memory holds nothing else, in a namespace of its own."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_inside, (work, services, endpoints))
+
+
+def _inside(work: Callable[[list[Pair]], Found], services: int, endpoints: int) -> Found:
+    with _namespace() as name:
+        return netns.run(name, work, pairs(services, endpoints))
+
+
+@contextmanager
+def _namespace() -> Iterator[str]:
     name = f"pwbench-{os.getpid()}"
     netns.create(name)
     try:
-        found: dict[str, list[float]] = netns.run(name, work, layout)
-        return found
+        yield name
     finally:
         netns.delete(name)
 
 
-def _measure(layout: list[Pair]) -> dict[str, list[float]]:
+class Proxy:
+    """What the daemon does with a change, without its threads: frontends, table, dataplane."""
+
+    def __init__(self, nft: Nft) -> None:
+        self._nft = nft
+        self._table = FrontendTable()
+        self._dataplane = Dataplane(nft)
+
+    def load(self, layout: Sequence[Pair]) -> None:
+        """Load all, from nothing."""
+        for service, found in layout:
+            self._table.replace(service.name, frontends(service, (found,), HERE))
+        self._dataplane.load(self._table, RANGES)
+
+    def adopt(self) -> None:
+        """Do what a daemon does that finds everything in the kernel."""
+        Dataplane(self._nft).load(self._table, RANGES)
+
+    def set(self, number: int, pods: Sequence[int]) -> None:
+        """Set the pods of a service, which is new if it was not there."""
+        service, found = pair(number, pods)
+        self._apply(self._table.replace(service.name, frontends(service, (found,), HERE)))
+
+    def remove(self, number: int) -> None:
+        """Take a service out."""
+        self._apply(self._table.replace(pair(number, ())[0].name, ()))
+
+    def _apply(self, changes: list[Change]) -> None:
+        self._dataplane.apply(changes)
+
+
+def _measure(layout: list[Pair]) -> Found:
+    found = Found()
+    services, count = len(layout), len(layout[0][1].endpoints)
+    fresh = services * count  # numbers of pods that no service has yet
     with Nft(Family.V4, TABLE) as nft:
-        table, dataplane = FrontendTable(), Dataplane(nft)
-
-        def load() -> None:
-            for service, found in layout:
-                table.replace(service.name, frontends(service, (found,), Place(NODE)))
-            dataplane.load(table, RANGES)
-
-        def update(number: int, pods: list[int]) -> list[Change]:
-            service = layout[number % len(layout)][0]
-            return table.replace(
-                service.name, frontends(service, (piece(number % len(layout), pods),), Place(NODE))
-            )
-
-        count = len(layout[0][1].endpoints)
-        fresh = len(layout) * count
-        found = {"load all": [timed(load)]}
-        found["adopt all after a restart"] = [timed(lambda: Dataplane(nft).load(table, RANGES))]
-        replaced, fewer = [], []
+        proxy = Proxy(nft)
+        gc.disable()  # as the daemon does until its first sync is done
+        found.time(LOAD, lambda: proxy.load(layout))
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+        found.memory = resident(os.getpid())
+        found.time(ADOPT, proxy.adopt)
         for i in range(CHANGES):
-            own = [i % len(layout) * count + j for j in range(count)]
-            replaced.append(timed(lambda i=i, own=own: dataplane.apply(update(i, [*own[1:], fresh + i]))))  # type: ignore[misc]
-            fewer.append(timed(lambda i=i, own=own: dataplane.apply(update(i, own[1:]))))  # type: ignore[misc]
-            dataplane.apply(update(i, own))
-        return found | {"replace one endpoint": replaced, "remove one endpoint": fewer}
+            number = i % services
+            own = range(number * count, number * count + count)
+            found.time(REPLACE, lambda n=number, o=own, i=i: proxy.set(n, [*o[1:], fresh + i]))  # type: ignore[misc]
+            proxy.set(number, own)
+            found.time(FEWER, lambda n=number, o=own: proxy.set(n, o[1:]))  # type: ignore[misc]
+            found.time(MORE, lambda n=number, o=own: proxy.set(n, o))  # type: ignore[misc]
+        for i in range(SERVICES):
+            number = services + i
+            found.time(ADD, lambda n=number: proxy.set(n, range(fresh, fresh + count)))  # type: ignore[misc]
+            found.time(REMOVE, lambda n=number: proxy.remove(n))  # type: ignore[misc]
+        for i in range(SLOW_CHANGES):
+            many = range(fresh + i * MANY, fresh + (i + 1) * MANY)
+            if not i:
+                proxy.set(0, range(fresh - MANY, fresh))
+            found.time(REPLACE_MANY, lambda m=many: proxy.set(0, m))  # type: ignore[misc]
+        for i in range(min(ROLLING, services - 1)):
+            own = range((i + 1) * count, (i + 2) * count)
+            found.time(ROLL, lambda i=i, o=own: proxy.set(i + 1, [*o[1:], fresh + i]))  # type: ignore[misc]
+    return found
 
 
-def _measure_chains(layout: list[Pair]) -> dict[str, list[float]]:
-    text = chain_per_service(layout)
-    found = {"load all": [timed(lambda: _nft(text))]}
+def _measure_chains(layout: list[Pair]) -> Found:
+    found = Found()
+    text = shapes.chains(layout)
+    found.time(LOAD, lambda: _nft(text))
     count = len(layout[0][1].endpoints)
-    replaced, fewer = [], []
     for i in range(min(SLOW_CHANGES, len(layout))):
         own = [i * count + j for j in range(count)]
-        one = chain_of(layout[i][0], piece(i, [*own[1:], len(layout) * count + i]))
-        less = chain_of(layout[i][0], piece(i, own[1:]))
-        replaced.append(timed(lambda one=one: _nft(one)))  # type: ignore[misc]
-        fewer.append(timed(lambda less=less: _nft(less)))  # type: ignore[misc]
-    return found | {"replace one endpoint": replaced, "remove one endpoint": fewer}
+        service = layout[i][0]
+        one = shapes.chains_changed(service, piece(i, [*own[1:], len(layout) * count + i]))
+        less = shapes.chains_changed(service, piece(i, own[1:]))
+        new = shapes.chains_added(*pair(len(layout) + i, own))
+        found.time(REPLACE, lambda text=one: _nft(text))  # type: ignore[misc]
+        found.time(FEWER, lambda text=less: _nft(text))  # type: ignore[misc]
+        found.time(ADD, lambda text=new: _nft(text))  # type: ignore[misc]
+    return found
 
 
 def _nft(text: str) -> None:
     subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
+
+
+def _daemon(services: int, endpoints: int) -> float:
+    """Return the resident memory of a daemon with so many services, in MB."""
+    with tempfile.TemporaryDirectory(prefix="podwire-bench-") as scratch, _namespace() as name:
+        root, manifests = Path(scratch), Path(scratch) / "manifests"
+        manifests.mkdir()
+        node = {"kind": "Node", "metadata": {"name": HERE.node}, "spec": {"podCIDRs": ["10.128.0.0/24"]}}
+        objects = [node, *shapes.documents(services, endpoints)]
+        for start in range(0, len(objects), 200):
+            text = json.dumps({"kind": "List", "items": objects[start : start + 200]})
+            (manifests / f"{start}.json").write_text(text)
+        command = [sys.executable, "-m", "cli.main", "daemon", "--node-name", HERE.node]
+        command += ["--source", str(manifests), "--state-dir", str(root), "--socket", str(root / "socket")]
+        log = (root / "log").open("wb")
+        with log, subprocess.Popen(["ip", "netns", "exec", name, *command], stderr=log) as daemon:
+            try:
+                netns.run(name, _loopback_up)
+                if not wait_status(name, 10256, "/healthz", time.monotonic() + READY_SECONDS):
+                    raise SystemExit(
+                        f"bench: the daemon did not get ready: {(root / 'log').read_text()[-500:]}"
+                    )
+                time.sleep(1)  # what follows the first sync
+                return resident(daemon.pid)
+            finally:
+                daemon.kill()
+
+
+def _loopback_up() -> None:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+def _say(what: str) -> None:
+    print(f"bench: {what}", file=sys.stderr, flush=True)
