@@ -210,6 +210,17 @@ def test_forwarding_is_set_for_both_families(namespaces: Callable[[], str]) -> N
     assert netns.run(namespaces(), inside) == (["0", "0"], [], ["1", "1"])
 
 
+def test_tcp_outside_the_window_is_let_pass_only_if_asked_for(namespaces: Callable[[], str]) -> None:
+    """kubernetes#74839: random resets; what connection tracking cannot place is not translated."""
+
+    def inside() -> tuple[str, list[str], str]:
+        before = underlay.TCP_BE_LIBERAL.read_text().strip()
+        problems = underlay.be_liberal()
+        return before, problems, underlay.TCP_BE_LIBERAL.read_text().strip()
+
+    assert netns.run(namespaces(), inside) == ("0", [], "1")
+
+
 def test_where_forwarding_cannot_be_set_that_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netlink.family import Family
+from netlink.nftables.fake import FakeNft
 from proxy.frontends import Action, Backend, Frontend, FrontendKey, Masquerade, Origin
 from proxy.model import ObjectName, Protocol
+from proxy.nftables.dataplane import Dataplane, NodeRanges
 from proxy.table import Change, FrontendTable
 
 A, B, C = (ObjectName("ns", n) for n in "abc")
@@ -135,3 +137,20 @@ def test_the_winner_does_not_depend_on_the_order_of_events(history: History, ran
     for name in sorted(last, key=str, reverse=True):
         expected |= {f.key: f.service for f in made(name, last[name])}
     assert {f.key for f in lived} == set(expected)
+
+
+def test_of_services_that_are_gone_nothing_is_kept() -> None:
+    """kubernetes#128928: the proxy that grew to 8 GB."""
+    table, dataplane = FrontendTable(), Dataplane(FakeNft(Family.V4))
+    dataplane.load((), NodeRanges())
+    for number in range(50):
+        name = ObjectName("ns", f"s{number}")
+        key = FrontendKey(Family.V4, f"10.96.0.{number // 2}", Protocol.TCP, 80, Origin.ANY)
+        backends = tuple(Backend(f"10.0.{number}.{n}", 80, n % 2 == 0) for n in range(number))
+        one = Frontend(key, str(name), Action.BALANCE, Masquerade.ALWAYS, backends, number % 3 * 60)
+        dataplane.apply(table.replace(name, (one,)))
+    for number in range(50):
+        dataplane.apply(table.replace(ObjectName("ns", f"s{number}"), ()))
+    assert dataplane.elements == sum(map(len, dataplane._ranges.values()))
+    kept = (table._keys, table._winners, table._waiting, dataplane._parts, dataplane._uses)
+    assert not any(kept)
