@@ -140,6 +140,7 @@ class Daemon:
                 if not keeper.look():
                     pending = pending or syncer.compare()
                 if pending is None:
+                    syncer.rest()
                     continue
                 self._sync(syncer, pending)
             except (OSError, LedgerError, RulesError) as error:

@@ -131,6 +131,12 @@ class ServiceProxy:
         )
         return not loaded
 
+    def tidy(self) -> None:
+        """Remove what changes have left behind; for moments when nothing else is to be done."""
+        if self._loaded:
+            for dataplane in self._dataplanes.values():
+                dataplane.tidy()
+
     def compare(self) -> None:
         """Let the next `apply` compare everything with the kernel."""
         self._loaded = False

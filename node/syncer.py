@@ -39,6 +39,7 @@ RETRY_SECONDS, COMPARE_SECONDS = 5.0, 30.0
 """How often the kernel is compared with what it should hold: while something of it could not be had, and
 otherwise. Others flush rulesets, links go down and come up, default routes appear late."""
 
+REST_SECONDS = 2.0
 SUSPECT_SECONDS = 60.0
 """At least so long apart are comparisons of every element, which a change by somebody else calls for:
 10,000 services with 10 endpoints each take half a second."""
@@ -172,6 +173,11 @@ class Syncer:
         if not self.status.last_sync or self._clock() - self.status.last_sync < wait:
             return None
         return self.compare()
+
+    def rest(self) -> None:
+        """Do what can wait until changes pause; call it when there is nothing else to do."""
+        if self._clock() - self.status.last_sync > REST_SECONDS:
+            self._proxy.tidy()
 
     def suspect(self) -> None:
         """Somebody else changed some ruleset: have every element compared, though not at once each time."""

@@ -25,6 +25,7 @@ from netlink.nftables.operations import (
     DeleteMap,
     DeleteTable,
     EnsureElements,
+    FlushMap,
     Operation,
 )
 
@@ -120,6 +121,8 @@ class FakeNft:
             case EnsureElements(which, elements):
                 here = self._elements_of(operation, which)
                 self._add(operation, which, [(k, d) for k, d in elements if (k, d) not in here.items()])
+            case FlushMap(which):
+                self._elements_of(operation, which).clear()
             case DeleteElements(which, elements):
                 here = self._elements_of(operation, which)
                 for key, _ in elements:

@@ -114,6 +114,16 @@ class EnsureElements:
 
 
 @dataclass(frozen=True, slots=True)
+class FlushMap:
+    """Take all elements out of a map."""
+
+    map: Map
+
+    def __str__(self) -> str:
+        return f"flush map {self.map.name}"
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteElements:
     """Take elements out of a map; a key that is not there is an error."""
 
@@ -135,6 +145,7 @@ Operation = (
     | AddElements
     | EnsureElements
     | DeleteElements
+    | FlushMap
 )
 
 
@@ -166,6 +177,8 @@ def encode(table: Table, operation: Operation, index: int) -> Iterator[tuple[int
             yield from _encode_elements(NEWSETELEM, create, head, which, elements)
         case EnsureElements(which, elements):
             yield from _encode_elements(NEWSETELEM, NLM_F_CREATE, head, which, elements)
+        case FlushMap(which):
+            yield DELSETELEM, 0, head + text(2, which.name), ()
         case DeleteElements(which, elements):
             yield from _encode_elements(DELSETELEM, 0, head, which, elements)
 
@@ -182,8 +195,8 @@ def _encode_elements(
 def chunks(elements: Pairs, which: Map) -> Iterator[tuple[int, list[bytes]]]:
     """Yield (index of the first, encoded elements) such that each list fits one message.
 
-    The elements of a data map differ in nothing but key and data bytes, so their frame is made once:
-    this is the loop that loads 100,000 elements.
+    The elements of a data map differ in nothing but key and data bytes, and those of other maps with the
+    same data in nothing but the key, so their frames are made once: this loads 100,000 elements.
     """
     key, data = elements[0] if elements else (b"", b"")
     if isinstance(data, bytes) and elements and not which.ranges:
@@ -195,9 +208,17 @@ def chunks(elements: Pairs, which: Map) -> Iterator[tuple[int, list[bytes]]]:
             yield start, [before + k + between + d for k, d in part]  # type: ignore[operator]
         return
     encoded: list[bytes] = []
+    frames: dict[Data, tuple[bytes, bytes]] = {}
     size = start = 0
     for position, (key, data) in enumerate(elements):
-        element = encode_element(key, data, interval=which.interval, ranges=which.ranges)
+        if which.interval or which.ranges:
+            element = encode_element(key, data, interval=which.interval, ranges=which.ranges)
+        else:
+            if data not in frames:
+                sample = encode_element(key, data)
+                frames[data] = sample[:12], sample[12 + len(key) :]
+            before, after = frames[data]
+            element = before + key + after
         if size + len(element) > ELEMENT_BYTES:
             yield start, encoded
             encoded, size, start = [], 0, position

@@ -24,6 +24,7 @@ from netlink.nftables.operations import (
     DeleteElements,
     DeleteTable,
     EnsureElements,
+    FlushMap,
 )
 from tests.netlink.nft import Use, reloaded
 
@@ -67,6 +68,18 @@ def test_an_element_can_be_replaced_in_one_batch(use: Use) -> None:
         nft.commit([*SKELETON, AddElements(TARGETS, [(FIRST, POD)])])
         nft.commit([DeleteElements(TARGETS, [(FIRST, POD)]), AddElements(TARGETS, [(FIRST, other)])])
         assert nft.elements(TARGETS) == {FIRST: other}
+
+    use(check)
+
+
+def test_a_map_can_be_emptied_and_filled_in_one_batch(use: Use) -> None:
+    def check(nft: Nftables) -> None:
+        other = bytes((10, 0, 0, 2, 31, 144, 0, 0))
+        nft.commit([*SKELETON, AddElements(TARGETS, [(FIRST, POD), (SECOND, POD)])])
+        nft.commit([FlushMap(TARGETS), AddElements(TARGETS, [(FIRST, other)])])
+        assert nft.elements(TARGETS) == {FIRST: other}
+        nft.commit([FlushMap(TARGETS), FlushMap(PORTS)])
+        assert nft.elements(TARGETS) == {}
 
     use(check)
 

@@ -106,20 +106,20 @@ A, C = NAMES[0], NAMES[2]
 CLAIM = {"cluster_ips": ("10.96.0.1",), "ports": (ServicePort("x", Protocol.TCP, 80, 30001),)}
 
 
-@example([[("service", A, CLAIM), ("service", C, CLAIM)], [("service", A, None), ("service", C, None)]], 8)
+@example([[("service", A, CLAIM), ("service", C, CLAIM)], [("service", A, None), ("service", C, None)]], 8, 0)
 @settings(max_examples=120, deadline=None)
-@given(batches_of_changes, st.integers(0, 8))
-def test_in_memory(batches: Batches, restart: int) -> None:
-    steps_and_fresh_load_agree(FakeNft(Family.V4), batches, restart)
+@given(batches_of_changes, st.integers(0, 8), st.integers(0, 4))
+def test_in_memory(batches: Batches, restart: int, most_listed: int) -> None:
+    steps_and_fresh_load_agree(FakeNft(Family.V4), batches, restart, most_listed)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(batches_of_changes, st.integers(0, 8))
-def test_in_the_kernel(namespace: str, batches: Batches, restart: int) -> None:
+@given(batches_of_changes, st.integers(0, 8), st.integers(0, 4))
+def test_in_the_kernel(namespace: str, batches: Batches, restart: int, most_listed: int) -> None:
     def inside() -> None:
         with Nft(Family.V4, TABLE) as nft:
             try:
-                steps_and_fresh_load_agree(nft, batches, restart)
+                steps_and_fresh_load_agree(nft, batches, restart, most_listed)
             finally:
                 nft.commit([DeleteTable()])
 
@@ -131,8 +131,11 @@ def namespace(namespaces: Callable[[], str]) -> str:
     return namespaces()
 
 
-def steps_and_fresh_load_agree(kernel: Nftables, batches: Batches, restart: int) -> None:
-    """Apply batch after batch, adopting once as a restarted daemon does; compare with a fresh load."""
+def steps_and_fresh_load_agree(kernel: Nftables, batches: Batches, restart: int, most_listed: int) -> None:
+    """Apply batch after batch, adopting once as a restarted daemon does; compare with a fresh load.
+
+    Of more than `most_listed` endpoints all are written when adopting.
+    """
     objects: dict[tuple[str, str], object] = {}
     ranges = NodeRanges()
     store, table = Store(), FrontendTable()
@@ -147,9 +150,12 @@ def steps_and_fresh_load_agree(kernel: Nftables, batches: Batches, restart: int)
         changes = deliver(store, table, objects)
         if number == restart:  # the changes came while the daemon was down
             dataplane = Dataplane(kernel)
-            assert dataplane.load(table, ranges)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("proxy.nftables.dataplane.MOST_LISTED", most_listed)
+                assert dataplane.load(table, ranges)
         else:
             dataplane.apply(changes, ranges)
+    dataplane.tidy()
 
     fresh, fresh_table = FakeNft(Family.V4), FrontendTable()
     deliver(Store(), fresh_table, objects)
