@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from msgspec.structs import replace
 
 from netlink import netns
 from netlink.family import Family
@@ -80,9 +81,12 @@ def test_every_sort_of_service(two: Where, family: Family) -> None:
 
 def test_clients_that_stay_with_their_endpoint(two: Where, family: Family) -> None:
     """Affinity, with names of the greatest length."""
-    found = of(Service(name("n"), (at(family, 1),), PORTS[:1], affinity_seconds=10800), family, 1)
-    found += of(Service(name("p"), (at(family, 2),), PORTS, LOCAL, LOCAL, affinity_seconds=93784), family, 7)
-    long = Service(ObjectName("n" * 63, "s" * 63), (at(family, 3),), PORTS[:1], affinity_seconds=1)
+    (port,) = PORTS[:1]
+    found = of(Service(name("n"), (at(family, 1),), (port,), affinity_seconds=10800), family, 1)
+    others = tuple(replace(p, node_port=p.node_port + 100 if p.node_port else 0) for p in PORTS)
+    found += of(Service(name("p"), (at(family, 2),), others, LOCAL, LOCAL, affinity_seconds=93784), family, 7)
+    without = (replace(port, node_port=0),)
+    long = Service(ObjectName("n" * 63, "s" * 63), (at(family, 3),), without, affinity_seconds=1)
     assert_same(two, family, [*found, *of(long, family, 2)], RANGES)
 
 
