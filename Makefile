@@ -10,7 +10,7 @@ setup:            ## Debian packages, virtual environment, pinned dependencies
 setup-tests:      ## and what tests and benchmarks run: containerd, podman, iperf3, the Go plugins
 	@scripts/setup tests
 
-demo: setup       ## three nodes, the sample application, scenarios A-D and F on real traffic
+demo: setup       ## three nodes, the sample application, scenarios A to F on real traffic
 	@.venv/bin/podwire lab demo $(if $(KEEP),--keep) $(DEMO_ARGS)
 
 test: setup-tests ## every test (needs root: network namespaces)

@@ -1,4 +1,4 @@
-"""What the demo expects: scenarios A to D and F as data, and how an observation is judged. Pure.
+"""What the demo expects: scenarios A to F as data, and how an observation is judged. Pure.
 
 A case names places (hosts, nodes, pods), never addresses: those are known only once a lab is up, and
 they are of the IP family that the case is run for.
@@ -26,6 +26,7 @@ class Check(Enum):
     OUTLIVE = "outlive"  # the pod's namespace and address stay when its processes end
     GROW = "grow"  # one more endpoint is added, then as ASK
     LEAK = "leak"  # no service address reached the router unhandled
+    HEALTH = "health"  # what each node tells a balancer of the service: a count of the servers on it
     PATH = "path"  # the packets of one connection, hop by hop
 
 
@@ -35,9 +36,10 @@ class Case:
 
     `localhost` is a place, too.
 
-    `via` is "" for the server's own address, "localhost", "service/NAME", "PLACE:PORT", or
-    "PLACE.second:PORT"; "udp" stands before it, or alone. No servers: no answer may come. With `count`
-    over 1 each server must get its fair share.
+    `via` is "" for the server's own address, "localhost", "service/NAME", "lb/NAME" for the address of the
+    service's load balancer, "lb/NAME:PORT" for another port there, "PLACE:PORT", or "PLACE.second:PORT";
+    "udp" stands before it, or alone. No servers: no answer may come. With `count` over 1 each server must
+    get its fair share.
     """
 
     scenario: str
@@ -47,6 +49,7 @@ class Case:
     seen: tuple[str, ...] = ()
     count: int = 1
     check: Check = Check.ASK
+    dropped: bool = True  # no servers only: they time out; else how they fail is not laid down
     hops: tuple[str, ...] = ()  # PATH only: "PLACE SOURCE DESTINATION", in order
 
     @property
@@ -157,6 +160,30 @@ D = (
     _pod("D", "summary-1", "customer", "node2:30181", "summary-1"),
 )
 
+E = (
+    # Policy Cluster: the router leads the address to node2, the pod is on node1.
+    _pod("E", "client", "customer", "lb/front", "node2"),
+    _pod("E", "internet", "customer", "lb/front", "node2"),
+    _pod("E", "client", "customer", "udp lb/front", "node2"),
+    _pod("E", "summary-1", "customer", "lb/front", "node2"),  # a pod's packet is taken on its own node
+    _pod("E", "node3", "customer", "lb/front", "node3"),
+    # A port that the service has not. It need not be dropped: the address may have other uses.
+    Case("E", "client", (), "lb/front:81", dropped=False),
+    # Policy Local: the router leads the address to node1, where the pod is.
+    _pod("E", "client", "customer", "lb/front-local", "client"),
+    _pod("E", "client", "customer", "udp lb/front-local", "client"),
+    _pod("E", "client", "customer", "node1:30183", "client"),
+    Case("E", "client", (), "node2:30183"),
+    _pod("E", "summary-1", "customer", "lb/front-local", "summary-1"),  # from inside: any endpoint
+    Case("E", "router", ("customer",), "health/front-local", check=Check.HEALTH),
+    # loadBalancerSourceRanges: only the client's network may come, and by a node port anybody.
+    _pod("E", "client", "customer", "lb/front-ranges", "node2"),
+    _pod("E", "client", "customer", "udp lb/front-ranges", "node2"),
+    Case("E", "internet", (), "lb/front-ranges"),
+    Case("E", "internet", (), "udp lb/front-ranges"),
+    _pod("E", "internet", "customer", "node2:30184", "node2"),
+)
+
 TO_INTERNET = ("customer customer internet", "node1 customer internet", "node1 node1 internet",
                "router node1 internet", "internet node1 internet")  # fmt: skip
 FROM_CLIENT = ("client client node2", "router client node2", "node2 client node2",
@@ -173,7 +200,7 @@ F = (
     Case("F", "client", ("customer",), "node2:30180", ("node2",), check=Check.PATH, hops=FROM_CLIENT),
 )
 
-CASES = A + B + C + D + F
+CASES = A + B + C + D + E + F
 
 
 def judge(case: Case, results: Sequence[Result], seen: Sequence[str]) -> tuple[str, str, bool]:
@@ -183,6 +210,8 @@ def judge(case: Case, results: Sequence[Result], seen: Sequence[str]) -> tuple[s
     """
     if not case.servers:
         saw = " ".join(sorted({_words(result) for result in results}))
+        if not case.dropped:
+            return saw, "no answer", all(isinstance(result, Failure) for result in results)
         return saw, "timed out", all(result == Failure("timed out") for result in results)
     expected = " or ".join(dict.fromkeys(seen))
     failures = [result for result in results if isinstance(result, Failure)]

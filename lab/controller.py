@@ -94,8 +94,14 @@ def cluster_addresses(service: Json) -> dict[Family, str]:
         raise LabError(f"service {service['metadata'].get('name')!r}: clusterIPs: {error}") from None
 
 
+def balancer_addresses(service: Json) -> dict[Family, str]:
+    """Return the addresses that a load balancer has for a Service, by family; none for most."""
+    found = ((_family(entry), entry.get("ip", "")) for entry in _ingress(service))
+    return {family: address for family, address in found if family is not None}
+
+
 def service_object(document: Json, families: Collection[Family]) -> Json:
-    """Return a Service as the lab's control plane keeps it: with cluster addresses of the lab's families.
+    """Return a Service as the lab's control plane keeps it: with addresses of the lab's families.
 
     ipFamilyPolicy as Kubernetes has it: with PreferDualStack a family that the lab lacks is left out, else
     LabError is raised.
@@ -114,7 +120,11 @@ def service_object(document: Json, families: Collection[Family]) -> Json:
         "clusterIPs": addresses,
         "ipFamilies": [title(family) for family in served],
     }
-    return document | {"spec": spec | changed}
+    kept = document | {"spec": spec | changed}
+    if _ingress(document):
+        ingress = [entry for entry in _ingress(document) if _family(entry) in (None, *served)]
+        kept |= {"status": document["status"] | {"loadBalancer": {"ingress": ingress}}}
+    return kept
 
 
 def endpoint_slice(service: Json, pods: Iterable[Pod], family: Family) -> Json:
@@ -156,6 +166,17 @@ def pod_spec(document: Json) -> PodSpec:
         labels=dict(meta.get("labels", {})),
         ports=tuple(ports),
     )
+
+
+def _ingress(service: Json) -> list[Json]:
+    """Return what a Service's status says of its load balancer."""
+    found: list[Json] = service.get("status", {}).get("loadBalancer", {}).get("ingress", [])
+    return found
+
+
+def _family(ingress: Json) -> Family | None:
+    """Return the family of a load balancer's address; None when it goes by a host name."""
+    return Family(ip_address(ingress["ip"]).version) if "ip" in ingress else None
 
 
 def _identity(spec: PodSpec) -> tuple[str, str]:

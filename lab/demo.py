@@ -21,6 +21,7 @@ from lab.probe import Answer, endpoint
 from lab.runtime import Pod, PodSpec
 from lab.state import Lab
 from lab.topology import LOCALHOST, LabError, Mode, Topology, title, titles
+from netlink import netns
 from netlink.family import Family
 
 SAMPLE = Path(__file__).with_name("samples") / "yaobank.yaml"
@@ -46,6 +47,7 @@ class World:
     family: Family
     pods: dict[str, Pod]
     services: dict[Family, dict[str, tuple[str, int]]]  # ClusterIP and port
+    balancers: dict[Family, dict[str, tuple[str, int]]]  # the load balancer's address and port
     unrouted: dict[Family, int]  # the router's count of packets without a route, before the first case
 
     def of(self, family: Family) -> World:
@@ -70,9 +72,13 @@ class World:
 
     def target(self, case: Case) -> tuple[str, int]:
         """Where the case's requests go."""
-        kind, _, service = case.way.partition("/")
-        if service:
+        kind, _, rest = case.way.partition("/")
+        service, _, other_port = rest.partition(":")
+        if kind == "service":
             return self.services[self.family][service]
+        if kind == "lb":
+            address, balanced = self.balancers[self.family][service]
+            return address, int(other_port or balanced)
         if kind == "localhost":
             return self.address("localhost"), TWIN_SECOND_PORT
         if ":" in kind:
@@ -85,6 +91,15 @@ class World:
         if place in self.pods:
             return self.pods[place].spec.ports[0]
         return INTERNET_PORT if place == "internet" else NODE_PORT
+
+    def health_port(self, case: Case) -> int:
+        """The healthCheckNodePort of the service that the case is about."""
+        name = case.way.partition("/")[2]
+        return next(
+            int(service["spec"]["healthCheckNodePort"])
+            for service in state.manifests(self.lab, "Service")
+            if service["metadata"]["name"] == name
+        )
 
     def seen(self, case: Case) -> list[str]:
         """The addresses a server may see. A pod sees its own node by whichever address faces it."""
@@ -111,9 +126,13 @@ def deploy(lab: Lab) -> World:
     _serve_host(lab, "internet", INTERNET_PORT)
     families = lab.plan.families
     services: dict[Family, dict[str, tuple[str, int]]] = {family: {} for family in families}
+    balancers: dict[Family, dict[str, tuple[str, int]]] = {family: {} for family in families}
     for service in state.manifests(lab, "Service"):
+        name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
         for family, address in controller.cluster_addresses(service).items():
-            services[family][service["metadata"]["name"]] = address, service["spec"]["ports"][0]["port"]
+            services[family][name] = address, port
+        for family, address in controller.balancer_addresses(service).items():
+            balancers[family][name] = address, port
     # Wait only until the first that is late: the cases will say what is wrong, and sooner.
     all(
         _settle(partial(_answers, node.namespace, target))
@@ -122,7 +141,7 @@ def deploy(lab: Lab) -> World:
         for target in services[family].values()
     )
     unrouted = {family: probe.unrouted(lab.plan.router, family) for family in families}
-    return World(lab, families[0], {pod.spec.name: pod for pod in pods}, services, unrouted)
+    return World(lab, families[0], {pod.spec.name: pod for pod in pods}, services, balancers, unrouted)
 
 
 def run(world: World, cases: Sequence[Case] = CASES) -> list[Row]:
@@ -215,6 +234,29 @@ def _grow(world: World, case: Case) -> Outcome:
     return (saw if gone else f"{saw}, and traffic after its removal"), expected, passed and gone
 
 
+def _health(world: World, case: Case) -> Outcome:
+    """Ask every node as a load balancer does: 200 where endpoints are, else 503, and how many there are."""
+    name, port = case.way.partition("/")[2], world.health_port(case)
+    places = [world.pods[server].spec.node for server in case.servers]
+    told, expected = [], []
+    for node in world.lab.plan.nodes:
+        address = node.address(world.family)
+        code, body = netns.run(world.namespace(case.source), probe.status, address, port, "/healthz")
+        told.append(f"{node.name} {code} ({health_count(body, name)})")
+        here = places.count(node.name)
+        expected.append(f"{node.name} {200 if here else 503} ({here})")
+    return ", ".join(told), ", ".join(expected), told == expected
+
+
+def health_count(body: bytes, service: str) -> int | None:
+    """Return how many endpoints a node's answer gives to a service; None when it is not about that one."""
+    try:
+        fields = json.loads(body)
+        return int(fields["localEndpoints"]) if fields["service"]["name"] == service else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _leak(world: World, case: Case) -> Outcome:
     leaked = probe.unrouted(world.namespace(case.source), world.family) - world.unrouted[world.family]
     return f"{leaked} packets leaked", "0 packets leaked", leaked == 0
@@ -239,6 +281,7 @@ CHECKS: dict[Check, Callable[[World, Case], Outcome]] = {
     Check.OUTLIVE: _outlive,
     Check.GROW: _grow,
     Check.LEAK: _leak,
+    Check.HEALTH: _health,
 }
 
 
@@ -316,6 +359,7 @@ def hints(world: World) -> str:
             f"  podwire lab status --name {name}",
             *(f"  {exec_} customer -- curl -s {_url(*w.services[w.family]['summary'])}" for w in seen),
             *(f"  {exec_} client -- curl -s {_url(w.address('node2'), 30180)}" for w in seen),
+            *(f"  {exec_} client -- curl -s {_url(*w.balancers[w.family]['front-local'])}" for w in seen),
             *(f"  {exec_} node1 -- nft list table {w.family.keyword} podwire" for w in seen),
             f"  {exec_} node1 -- podwire status --socket {world.lab.socket('node1')}",
             f"  podwire lab pod run --name {name} --node node3 --namespace yaobank"
@@ -383,8 +427,11 @@ def _servers(world: World, case: Case) -> set[str]:
 def _via(world: World, case: Case) -> str:
     if case.check is Check.LEAK:
         return case.via
+    if case.check is Check.HEALTH:
+        return f"{case.way.partition('/')[2]} every node:{world.health_port(case)}/healthz"
     address, port = world.target(case)
-    kind, _, service = case.way.partition("/")
+    kind, _, rest = case.way.partition("/")
+    service = rest.partition(":")[0]
     protocol = "/udp" if case.udp else ""
     place = f"{service} " if service else f"{kind.partition(':')[0]} " if ":" in kind else ""
     return f"{place}{endpoint(address, port)}{protocol}"

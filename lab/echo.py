@@ -2,7 +2,8 @@
 
 Run as a file with `python -I -S`, so it imports only what starts quickly (about 30 ms; `http.server`
 alone would double that) and nothing of podwire. HTTP/1.1 with keep-alive; any GET is answered with JSON
-{name, node, client_address, client_port, server_address, server_port}.
+{name, node, client_address, client_port, server_address, server_port}, and forwarded_for where a proxy
+has said in X-Forwarded-For whose request it is.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ USAGE = "usage: echo.py NAME NODE [--udp] PORT..."
 ANY_ADDRESS = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 
 
-def answer(identity: tuple[str, str], client: tuple[str, int], server: tuple[str, int]) -> bytes:
-    """Return the JSON for one request: who serves, and the addresses the server sees."""
-    fields = {
+def answer(identity: tuple[str, str], client: tuple[str, int], server: tuple[str, int]) -> dict[str, object]:
+    """Return the fields that answer a request: who serves, and the addresses the server sees."""
+    return {
         "name": identity[0],
         "node": identity[1],
         "client_address": client[0],
@@ -33,10 +34,9 @@ def answer(identity: tuple[str, str], client: tuple[str, int], server: tuple[str
         "server_address": server[0],
         "server_port": server[1],
     }
-    return json.dumps(fields).encode()
 
 
-def respond(head: bytes, body: bytes) -> tuple[bytes, bool]:
+def respond(head: bytes, fields: dict[str, object]) -> tuple[bytes, bool]:
     """Return the response to a request head and whether the connection stays open after it."""
     lines = head.decode("latin-1").split("\r\n")
     words = lines[0].split(" ")
@@ -49,6 +49,9 @@ def respond(head: bytes, body: bytes) -> tuple[bytes, bool]:
     }
     keep = headers.get("connection", "keep-alive" if words[2] == "HTTP/1.1" else "close") == "keep-alive"
     connection = b"keep-alive" if keep else b"close"
+    if "x-forwarded-for" in headers:
+        fields = {**fields, "forwarded_for": headers["x-forwarded-for"]}
+    body = json.dumps(fields).encode() + b"\n"
     head = (
         b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: %s\r\n\r\n"
     )
@@ -59,7 +62,7 @@ def serve_connection(connection: socket.socket, identity: tuple[str, str]) -> No
     """Answer the requests of one connection until either side ends it."""
     with connection, contextlib.suppress(OSError):
         connection.settimeout(IDLE_SECONDS)
-        body = answer(identity, connection.getpeername()[:2], connection.getsockname()[:2]) + b"\n"
+        fields = answer(identity, connection.getpeername()[:2], connection.getsockname()[:2])
         pending, keep = b"", True
         while keep:
             while b"\r\n\r\n" not in pending:
@@ -68,7 +71,7 @@ def serve_connection(connection: socket.socket, identity: tuple[str, str]) -> No
                 if not received or len(pending) > REQUEST_BYTES:
                     return
             head, _, pending = pending.partition(b"\r\n\r\n")
-            response, keep = respond(head, body)
+            response, keep = respond(head, fields)
             connection.sendall(response)
 
 
@@ -84,7 +87,8 @@ def serve_udp(server: socket.socket, identity: tuple[str, str]) -> None:
     while True:
         _, client = server.recvfrom(4096)
         with contextlib.suppress(OSError):
-            server.sendto(answer(identity, client[:2], server.getsockname()[:2]), client)
+            fields = answer(identity, client[:2], server.getsockname()[:2])
+            server.sendto(json.dumps(fields).encode(), client)
 
 
 def listen(port: int, kind: socket.SocketKind) -> list[socket.socket]:

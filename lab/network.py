@@ -17,7 +17,17 @@ from cni import install
 from lab import process, state
 from lab.probe import wait_status
 from lab.state import Lab
-from lab.topology import ANYWHERE, SERVICE_CIDRS, Host, LabError, Node, Topology, namespace_prefix
+from lab.topology import (
+    ANYWHERE,
+    BALANCER_CIDRS,
+    LOCAL_BALANCER_CIDRS,
+    SERVICE_CIDRS,
+    Host,
+    LabError,
+    Node,
+    Topology,
+    namespace_prefix,
+)
 from netlink import netns
 from netlink.family import Family
 from netlink.requests import Route, Veth, address_add, bridge_add, link_set, link_up, route_replace, veth_add
@@ -49,7 +59,7 @@ def build(plan: Topology) -> None:
     for host in plan.hosts:
         netns.run(host.namespace, _build_host, host)
     to_pods = [hop for node in plan.nodes for hop in zip(node.pod_cidrs, node.addresses, strict=True)]
-    netns.run(plan.router, _set_routes, to_pods)
+    netns.run(plan.router, _set_routes, to_pods + _to_balancers(plan))
     to_services = [(SERVICE_CIDRS[family], plan.nodes[0].address(family)) for family in plan.families]
     netns.run(plan.host("neighbour").namespace, _set_routes, to_services)
 
@@ -124,6 +134,8 @@ def daemon_command(lab: Lab, node: Node) -> list[str]:
         "--mode": lab.plan.mode.value,
     }
     words = [str(word) for option in options.items() for word in option]
+    # On every address of a node, not only on those in its Node object: a lab shows both kinds.
+    words += [word for cidr in ANYWHERE.values() for word in ("--nodeport-addresses", cidr)]
     return [sys.executable, "-m", "cli.main", "daemon", *words]
 
 
@@ -193,6 +205,16 @@ def _build_router(plan: Topology, handles: dict[str, int]) -> None:
             *(link_set(index[h.name], master=index[h.segment]) for h in plan.hosts if h.segment),
             *(address_add(index[p.name], address) for p in plan.router_ports for address in p.addresses),
         )
+
+
+def _to_balancers(plan: Topology) -> list[tuple[str, str]]:
+    """Return the router's routes to the load balancers' addresses: to node2, with policy Local to node1."""
+    first, second = plan.nodes[0], plan.nodes[min(1, len(plan.nodes) - 1)]
+    return [
+        (cidrs[family], node.address(family))
+        for cidrs, node in ((BALANCER_CIDRS, second), (LOCAL_BALANCER_CIDRS, first))
+        for family in plan.families
+    ]
 
 
 def _build_host(host: Host) -> None:

@@ -23,6 +23,7 @@ class Answer:
 
     server: str
     seen: str
+    forwarded_for: str = ""  # the client's address that a proxy told of, if one did
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,23 @@ def wait_status(namespace: str, port: int, path: str, deadline: float) -> bool:
 
     def wait() -> bool:
         while time.monotonic() < deadline:
-            if _status(port, path) == 200:
+            if status("127.0.0.1", port, path)[0] == 200:
                 return True
             time.sleep(0.02)
         return False
 
     return netns.run(namespace, wait)
+
+
+def status(address: str, port: int, path: str, timeout: float = TIMEOUT_SECONDS) -> tuple[int, bytes]:
+    """Return the status and body that a GET from this thread's namespace is answered with; 0 without one."""
+    try:
+        with socket.create_connection((address, port), timeout) as connection:
+            head, body = _exchange(connection, address, path)
+    except OSError:
+        return 0, b""
+    words = head.split(b" ")
+    return (int(words[1]) if len(words) > 1 and words[1].isdigit() else 0), body
 
 
 def unrouted(namespace: str, family: Family) -> int:
@@ -93,7 +105,7 @@ def _get(address: str, port: int, timeout: float) -> Result:
     try:
         with socket.create_connection((address, port), timeout) as connection:
             body = _exchange(connection, address, "/")[1]
-        return _answer(body)
+        return answer(body)
     except OSError as error:
         return _failure(error)
 
@@ -105,23 +117,13 @@ def _ask(address: str, port: int, timeout: float) -> Result:
             client.settimeout(timeout)
             client.connect((address, port))
             client.send(b"?")
-            return _answer(client.recv(4096))
+            return answer(client.recv(4096))
     except OSError as error:
         return _failure(error)
 
 
-def _status(port: int, path: str) -> int:
-    try:
-        with socket.create_connection(("127.0.0.1", port), TIMEOUT_SECONDS) as connection:
-            head = _exchange(connection, "127.0.0.1", path)[0].split(b" ")
-        return int(head[1]) if len(head) > 1 and head[1].isdigit() else 0
-    except OSError:
-        return 0
-
-
 def _exchange(connection: socket.socket, host: str, path: str) -> tuple[bytes, bytes]:
     """Send one GET and return the head and the body, read until the server closes."""
-    connection.settimeout(TIMEOUT_SECONDS)
     name = f"[{host}]" if ":" in host else host
     connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
     received = b""
@@ -131,10 +133,11 @@ def _exchange(connection: socket.socket, host: str, path: str) -> tuple[bytes, b
     return head, body
 
 
-def _answer(body: bytes) -> Result:
+def answer(body: bytes) -> Result:
+    """Return what an echo server says in the body of a response, or in a datagram."""
     try:
         fields = json.loads(body)
-        return Answer(fields["name"], fields["client_address"])
+        return Answer(fields["name"], fields["client_address"], fields.get("forwarded_for", ""))
     except (ValueError, KeyError, TypeError):
         return Failure("answered by something that is no echo server")
 

@@ -6,7 +6,9 @@
 
 The router carries one route per pod range, as a cloud's route table does, so that a far node is a
 node across a router. It has no route to the service ranges: a service address that leaves a node
-unhandled dies there and is counted. The neighbour is a machine on lan0 that is no node and reaches
+unhandled dies there and is counted. It leads the range of the load balancers' addresses to node2, as
+if that node had announced them, and to node1 the addresses that services with the policy Local have:
+a balancer sends only where the endpoints are. The neighbour is a machine on lan0 that is no node and reaches
 the service ranges through node1.
 
 A lab has IPv4, IPv6 or both, on every host; what differs is a row in a table here.
@@ -23,6 +25,12 @@ from netlink.family import Family
 
 SERVICE_CIDRS = {Family.V4: "10.96.0.0/16", Family.V6: "fd00:10:96::/112"}
 POD_CIDRS = {Family.V4: "10.244.0.0/16", Family.V6: "fd00:10:244::/56"}
+BALANCER_CIDRS = {Family.V4: "192.0.2.0/24", Family.V6: "2001:db8:2::/64"}
+"""The addresses that load balancers have; node2 has them, as far as the router knows."""
+LOCAL_BALANCER_CIDRS = {Family.V4: "192.0.2.32/28", Family.V6: "2001:db8:2::30/124"}
+"""Those among them that node1 has: of services with the policy Local, whose endpoints are there."""
+STAND_IN = {Family.V4: "192.0.2.100", Family.V6: "2001:db8:2::100"}
+"""The address of the balancer that the router itself can be: no service has it."""
 ANYWHERE = {Family.V4: "0.0.0.0/0", Family.V6: "::/0"}
 LOCALHOST = {Family.V4: "127.0.0.1", Family.V6: "::1"}
 NODE_POD_CIDR = {Family.V4: "10.244.{}.0/24", Family.V6: "fd00:10:244:{}::/64"}

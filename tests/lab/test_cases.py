@@ -6,11 +6,12 @@ from lab.probe import Answer, Failure
 ONE = Case("B", "a", ("b",), seen=("a",))
 SPREAD = Case("C", "a", ("b", "c"), "service/x", ("a",), 120)
 NOBODY = Case("D", "a", (), "node2:30181")
+UNANSWERED = Case("E", "a", (), "lb/front:81", dropped=False)
 
 
 def test_every_case_has_a_name_of_its_own() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
-    assert {case.scenario for case in CASES} == set("ABCDF")
+    assert {case.scenario for case in CASES} == set("ABCDEF")
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,8 @@ def test_every_case_has_a_name_of_its_own() -> None:
         (NOBODY, [Failure("timed out")], True),
         (NOBODY, [Failure("refused")], False),  # dropped is not refused
         (NOBODY, [Answer("b", "10.0.0.1")], False),
+        (UNANSWERED, [Failure("refused")], True),
+        (UNANSWERED, [Answer("b", "10.0.0.1")], False),
     ],
 )
 def test_an_outcome_passes_only_when_all_of_it_is_as_expected(

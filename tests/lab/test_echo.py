@@ -75,6 +75,14 @@ def test_each_family_is_served_and_shown_as_it_is(port: int, address: str) -> No
         assert f'"client_address": "{address}"'.encode() in client.recv(4096)
 
 
+def test_an_address_that_a_proxy_tells_of_is_repeated() -> None:
+    head = b"GET / HTTP/1.1\r\nX-Forwarded-For: 2001:DB8::7"
+    response, _ = echo.respond(head, {"name": "shop"})
+    fields = json.loads(response.partition(b"\r\n\r\n")[2])
+    assert fields == {"name": "shop", "forwarded_for": "2001:db8::7"}
+    assert b"forwarded_for" not in echo.respond(b"GET / HTTP/1.1", {"name": "shop"})[0]
+
+
 def test_a_taken_port_is_said_and_ends_the_server(port: int) -> None:
     with start("other", "node7", str(port)) as second:
         _, stderr = second.communicate(timeout=5)
@@ -92,7 +100,7 @@ def test_wrong_arguments_are_answered_with_the_usage(
 
 @given(st.binary(max_size=200))
 def test_any_request_head_is_answered(head: bytes) -> None:
-    response, keep = echo.respond(head, b"{}")
+    response, keep = echo.respond(head, {})
     assert response.startswith(b"HTTP/1.1 ")
     assert isinstance(keep, bool)
 
@@ -109,6 +117,6 @@ def test_any_request_head_is_answered(head: bytes) -> None:
     ],
 )
 def test_a_connection_stays_open_as_http_says(head: bytes, status: bytes, keep: bool) -> None:
-    response, kept = echo.respond(head, b"{}")
+    response, kept = echo.respond(head, {})
     assert response.split(b" ")[1] == status
     assert kept is keep

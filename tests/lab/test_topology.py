@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.topology import (
+    BALANCER_CIDRS,
+    LOCAL_BALANCER_CIDRS,
     MAX_NODES,
     POD_CIDRS,
     SERVICE_CIDRS,
+    STAND_IN,
     IpFamily,
     LabError,
     Mode,
@@ -62,6 +65,17 @@ def test_a_bridge_has_the_first_address_of_its_pod_range(size: tuple[int, int]) 
     for node in dual(*size).nodes:
         for family, cidr in zip(Family, node.pod_cidrs, strict=True):
             assert ip_address(node.pod_gateway(family)) == ip_network(cidr)[1]
+
+
+def test_the_balancers_addresses_are_a_range_of_their_own_and_the_stand_ins_is_no_services() -> None:
+    lab = plan("x", ip_family=IpFamily.DUAL)
+    for family in Family:
+        balancers, local = ip_network(BALANCER_CIDRS[family]), ip_network(LOCAL_BALANCER_CIDRS[family])
+        taken = [ip_interface(i).network for h in lab.hosts for i in h.interfaces]
+        assert not any(balancers.overlaps(t) for t in taken if t.version == family.value)
+        assert local.subnet_of(balancers)  # type: ignore[arg-type]
+        assert ip_address(STAND_IN[family]) in balancers
+        assert ip_address(STAND_IN[family]) not in local
 
 
 def test_a_lab_of_one_family_has_nothing_of_the_other() -> None:
