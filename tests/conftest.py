@@ -11,7 +11,7 @@ import pytest
 from netlink import netns
 
 # Assertions in helpers say what differs, as those in tests do.
-pytest.register_assert_rewrite("tests.cni.world", "tests.cni.endurance")
+pytest.register_assert_rewrite("tests.cni.world", "tests.cni.endurance", "tests.netlink.nft")
 
 _numbers = itertools.count()
 

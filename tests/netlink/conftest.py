@@ -15,9 +15,6 @@ from netlink.nftables.fake import FakeNft
 if TYPE_CHECKING:
     from tests.netlink.nft import Use
 
-# Assertions in helpers say what differs, as those in tests do.
-pytest.register_assert_rewrite("tests.netlink.nft")
-
 
 @pytest.fixture(params=["fake", "kernel"])
 def use(request: pytest.FixtureRequest, namespaces: Callable[[], str]) -> Use:
