@@ -143,13 +143,13 @@ def test_of_services_that_are_gone_nothing_is_kept() -> None:
     """kubernetes#128928: the proxy that grew to 8 GB."""
     table, dataplane = FrontendTable(), Dataplane(FakeNft(Family.V4))
     dataplane.load((), NodeRanges())
-    for number in range(50):
+    for number in range(20):
         name = ObjectName("ns", f"s{number}")
         key = FrontendKey(Family.V4, f"10.96.0.{number // 2}", Protocol.TCP, 80, Origin.ANY)
         backends = tuple(Backend(f"10.0.{number}.{n}", 80, n % 2 == 0) for n in range(number))
         one = Frontend(key, str(name), Action.BALANCE, Masquerade.ALWAYS, backends, number % 3 * 60)
         dataplane.apply(table.replace(name, (one,)))
-    for number in range(50):
+    for number in range(20):
         dataplane.apply(table.replace(ObjectName("ns", f"s{number}"), ()))
     assert dataplane.elements == sum(map(len, dataplane._ranges.values()))
     kept = (table._keys, table._winners, table._waiting, dataplane._parts, dataplane._uses)
