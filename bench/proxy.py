@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import layout as shapes
 from bench.figures import ms, p50, quantile, show
@@ -35,18 +35,38 @@ from proxy.topology import Place
 HERE = Place("node0")
 RANGES = NodeRanges((shapes.PODS,), ("10.128.0.0/24",), (shapes.PODS,))
 SIZES = ((100, 10), (1000, 10), (5000, 10), (10_000, 10), (44_000, 10), (5000, 50))
-CHANGES, SERVICES, ROLLING, MANY = 200, 100, 1000, 500
+CHANGES, ROLLING, MANY = 200, 1000, 500
 SLOW_CHANGES = 5
 READY_SECONDS = 120.0
 
 LOAD, ADOPT = "load all", "adopt all after a restart"
 REPLACE, FEWER, MORE = "replace an endpoint", "an endpoint fewer", "an endpoint more"
 ADD, REMOVE = "add a service", "remove a service"
-REPLACE_MANY, ROLL = (
-    f"replace {MANY} endpoints of one service",
-    f"rolling update, {ROLLING} services, each change",
-)
+REPLACE_MANY, ROLL = f"replace {MANY} endpoints of one service", "rolling update, each change"
 PLOTTED = (REPLACE, FEWER, ADD)
+STEPS = (FEWER, MORE, ADD, REMOVE)
+FLAT = 1.5
+"""How much longer than at the smallest size it may take to replace an endpoint at the largest."""
+DAEMON_MB = 150
+
+
+class Target(NamedTuple):
+    """The most that something may take, in ms; `size` is (services, endpoints), None for every size."""
+
+    size: tuple[int, int] | None
+    what: str
+    share: float
+    limit: float
+
+
+TARGETS = (
+    Target((10_000, 10), LOAD, 0.5, 1000),
+    Target((44_000, 10), LOAD, 0.5, 5000),
+    Target(None, REPLACE, 0.5, 1),
+    Target(None, REPLACE, 0.99, 10),
+    *(Target((10_000, 10), what, 0.5, 2) for what in STEPS),
+    *(Target((44_000, 10), what, 0.5, 8) for what in STEPS),
+)
 
 
 @dataclass(slots=True)
@@ -77,6 +97,7 @@ def add_parser(commands: Any) -> None:
         help="measure the layout of a chain per service and endpoint up to this size; "
         "its load takes minutes at 10,000 (default: %(default)s)",
     )
+    parser.add_argument("--no-chains", action="store_true", help="leave that layout out")
     parser.add_argument("--daemon", type=_size, default=(10_000, 10), help="the daemon's memory at this size")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write change latency over size there")
     parser.set_defaults(run=run)
@@ -93,11 +114,12 @@ def run(args: argparse.Namespace) -> None:
     """Measure each size in a process and a namespace of its own."""
     rows: list[tuple[str, ...]] = []
     curves: list[Curve] = []
+    found: dict[tuple[int, int], Found] = {}
     for services, endpoints in args.sizes:
         _say(f"{services} services x {endpoints} endpoints")
-        ours = _apart(_measure, services, endpoints)
+        ours = found[services, endpoints] = _apart(_measure, services, endpoints)
         theirs = Found()
-        if services <= args.chains_up_to and endpoints <= 10:
+        if services <= args.chains_up_to and endpoints <= 10 and not args.no_chains:
             _say(f"{services} x {endpoints} as chains, by nft -f")
             theirs = _apart(_measure_chains, services, endpoints)
         rows += [(f"{services} x {endpoints}", *row) for row in _rows(ours, theirs)]
@@ -107,10 +129,32 @@ def run(args: argparse.Namespace) -> None:
     show("Service proxy: from a parsed snapshot to the kernel", columns, rows)
     services, endpoints = args.daemon
     _say(f"a daemon with {services} x {endpoints}")
-    print(f"\nThe daemon with {services} x {endpoints}: {_daemon(services, endpoints):.0f} MB resident")
+    checks = [
+        *_checks(found),
+        _check(args.daemon, "the daemon's resident memory, MB", _daemon(services, endpoints), DAEMON_MB),
+    ]
+    show("What must hold", ("size", "what", "measured", "at most", "holds"), checks)
     if args.plot:
         for path in save(curves, args.plot / "change-latency"):
             print(f"wrote {path}")
+
+
+def _checks(found: dict[tuple[int, int], Found]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each target that a size was measured for, and for how flat the change is."""
+    for size, measured in found.items():
+        for target in TARGETS:
+            if target.size in (None, size):
+                samples = measured.wall[target.what]
+                value = p50(samples) if target.share == 0.5 else quantile(samples, target.share)
+                yield _check(size, f"{target.what}, p{target.share * 100:.0f}, ms", value, target.limit)
+    alike = sorted(size for size in found if size[1] == 10)
+    if len(alike) > 1:
+        first, last = (p50(found[size].wall[REPLACE]) for size in (alike[0], alike[-1]))
+        yield _check(alike[-1], f"{REPLACE}, beside {alike[0][0]} services", last / first, FLAT)
+
+
+def _check(size: tuple[int, int], what: str, value: float, limit: float) -> tuple[str, ...]:
+    return f"{size[0]} x {size[1]}", what, ms(value), f"{limit:g}", "yes" if value <= limit else "NO"
 
 
 def _rows(ours: Found, theirs: Found) -> Iterator[tuple[str, ...]]:
@@ -124,6 +168,15 @@ def _rows(ours: Found, theirs: Found) -> Iterator[tuple[str, ...]]:
             ms(p50(other)) if other else "-",
             f"{p50(samples) / p50(other):.4f}" if other else "-",
         )
+    rolled = ours.wall.get(ROLL, [])
+    yield (
+        f"rolling update, {len(rolled)} services",
+        ms(sum(rolled)),
+        "",
+        ms(sum(ours.cpu.get(ROLL, []))),
+        "-",
+        "-",
+    )
     yield "memory of this process", f"{ours.memory:.0f} MB", "", "", "-", "-"
 
 
@@ -208,7 +261,7 @@ def _measure(layout: list[Pair]) -> Found:
             proxy.set(number, own)
             found.time(FEWER, lambda n=number, o=own: proxy.set(n, o[1:]))  # type: ignore[misc]
             found.time(MORE, lambda n=number, o=own: proxy.set(n, o))  # type: ignore[misc]
-        for i in range(SERVICES):
+        for i in range(CHANGES):
             number = services + i
             found.time(ADD, lambda n=number: proxy.set(n, range(fresh, fresh + count)))  # type: ignore[misc]
             found.time(REMOVE, lambda n=number: proxy.remove(n))  # type: ignore[misc]
