@@ -37,6 +37,7 @@ class MetaKey(IntEnum):
     """Packet metadata."""
 
     PROTOCOL = 1
+    PRIORITY = 2
     MARK = 3
     IIFNAME = 6
     L4PROTO = 16

@@ -91,8 +91,8 @@ class Field(Enum):
     """A part of a concatenated key or of its data.
 
     SOURCE and DESTINATION are addresses of the table's own family; a bridge's table, which sees both, has
-    IPV4_SOURCE and IPV6_SOURCE. The index is host order, as `numgen` makes it; an interface name takes 16
-    bytes. ND_TARGET is the address that a neighbour advertisement is about.
+    IPV4_SOURCE and IPV6_SOURCE. The index, as `numgen` makes it, and the packet's priority are host order; an
+    interface name takes 16 bytes. ND_TARGET is the address that a neighbour advertisement is about.
     """
 
     SOURCE = "source"
@@ -100,6 +100,7 @@ class Field(Enum):
     L4PROTO = "l4proto"
     DPORT = "dport"
     INDEX = "index"
+    PRIORITY = "priority"
     IIFNAME = "iifname"
     ETHER_SOURCE = "ether source"
     IPV4_SOURCE = "ipv4 source"
@@ -144,6 +145,7 @@ _LAYOUTS = {
     Field.L4PROTO: Layout(12, 1, _meta(16)),
     Field.DPORT: Layout(13, 2, _field(_TH, 2)),
     Field.INDEX: Layout(4, 4, _tlv32(0, _NUMGEN) + tlv(1, _tlv32(0, 1) + _tlv32(1, 2) + _tlv32(2, 0))),
+    Field.PRIORITY: Layout(23, 4, _meta(2)),
     Field.IIFNAME: Layout(41, 16, _meta(6)),
     Field.ETHER_SOURCE: Layout(9, 6, _field(_ETHER, 2)),
     Field.IPV4_SOURCE: _ADDRESSES[Field.SOURCE, Family.V4],
@@ -263,7 +265,7 @@ class Map:
         userdata = _tlv32(0, self._byte_order())
         userdata += tlv(3, _typeof(self.key, family))
         if self.data or self.verdicts:
-            userdata += _tlv32(1, 0)
+            userdata += _tlv32(1, 1 if self.data == (Field.PRIORITY,) else 0)  # nft's number for byte order
         if self.verdicts:
             encoded += number(6, VERDICT_TYPE) + number(7, 0)
             userdata += tlv(4, _tlv32(0, 1) + tlv(1, b""))
@@ -301,7 +303,7 @@ class Map:
         """Return nft's number for it, which matters for single fields only: some are in the host's."""
         if len(self.key) > 1:
             return 0
-        return 1 if self.key[0] in (Field.IIFNAME, Field.INDEX) else 2
+        return 1 if self.key[0] in (Field.IIFNAME, Field.INDEX, Field.PRIORITY) else 2
 
     def _key_length(self, family: TableFamily) -> int:
         return self.key[0].layout(family).length if len(self.key) == 1 else self.key_size(family)

@@ -102,7 +102,7 @@ def _map(family: Family, which: Map, elements: Elements) -> Iterator[str]:
 
 def _joined(family: Family, which: Map, elements: list[str]) -> str:
     """Join elements as nft does: two short ones a line, or one that is an IPv6 address or several fields."""
-    a_line = 2 if which.key_size(family) == 4 else 1
+    a_line = 5 if which.key == (Field.PRIORITY,) else 2 if which.key_size(family) == 4 else 1
     lines = (", ".join(elements[at : at + a_line]) for at in range(0, len(elements), a_line))
     return ELEMENT_BREAK.join(lines)
 
@@ -115,7 +115,7 @@ def _elements(family: Family, which: Map, elements: Elements) -> Iterator[str]:
     if which.ranges:
         yield from (_element_range(family, which.key, key) for key in sorted(elements))
         return
-    reverse = len(which.key) > 1 or which.key[0] is Field.INDEX
+    reverse = len(which.key) > 1 or which.key[0] in (Field.INDEX, Field.PRIORITY)
     for key in sorted(elements, key=(lambda k: k[::-1]) if reverse else None):
         words = " . ".join(_values(family, which.key, key))
         data = elements[key]
@@ -182,6 +182,7 @@ def _words(family: Family, kind: Field) -> str:
         Field.DESTINATION: f"{family.keyword} daddr",
         Field.L4PROTO: "meta l4proto",
         Field.DPORT: "th dport",
+        Field.PRIORITY: "meta priority",
         Field.INDEX: "numgen random mod 2",  # what a set's typeof says of any modulus
     }
     if kind not in words:
@@ -212,7 +213,17 @@ def _value(family: Family, kind: Field, raw: bytes) -> str:
             return str(int.from_bytes(raw[:2], "big"))
         case Field.INDEX:
             return str(_host(raw))
+        case Field.PRIORITY:
+            return _handle(_host(raw))
     raise _unknown(kind)
+
+
+def _handle(priority: int) -> str:
+    """Return a priority as nft writes it: as a handle of traffic control."""
+    if not priority:
+        return "none"
+    major, minor = divmod(priority, 1 << 16)
+    return f"{major:x}:{minor:x}"
 
 
 def _address(family: Family, raw: bytes) -> str:
@@ -311,6 +322,8 @@ class _Sentence:
                 return _Loaded(_words(family, Field.L4PROTO), Field.L4PROTO)
             case Meta(MetaKey.MARK):
                 return _Loaded("meta mark")
+            case Meta(MetaKey.PRIORITY):
+                return _Loaded(_words(family, Field.PRIORITY), Field.PRIORITY)
             case Ct(CtKey.STATUS):
                 return _Loaded("ct status")
             case FibDestinationType():
@@ -336,6 +349,10 @@ class _Sentence:
 
     def _statement(self, expression: Expression) -> str:
         match expression:
+            case MetaSet(MetaKey.PRIORITY, slot):
+                found = self.registers.get(slot)
+                words = found.words if isinstance(found, _Loaded) else _handle(_host(found or b""))
+                return f"meta priority set {words}"
             case MetaSet(MetaKey.MARK, slot):
                 return f"meta mark set {self._marked(slot, expression)}"
             case Remember(name, slot):

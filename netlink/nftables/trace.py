@@ -96,6 +96,7 @@ class _Walk:
     choices: tuple[int, ...]
     moduli: list[int] = field(default_factory=list)
     mark: int = 0
+    priority: bytes = bytes(4)
     translated: bool = False
     masqueraded: bool = False
     registers: bytearray = field(default_factory=lambda: bytearray(64))
@@ -166,6 +167,8 @@ class _Walk:
                 self._write(slot, bytes((v & m) ^ f for v, m, f in zip(value, mask, flip, strict=True)))
             case Constant(value, slot):
                 self._write(slot, value)
+            case MetaSet(MetaKey.PRIORITY, slot):
+                self.priority = self._read(slot, 4)
             case MetaSet(MetaKey.MARK, slot):
                 self.mark = struct.unpack("=I", self._read(slot, 4))[0]
             case Cmp(operator, value, slot):
@@ -203,6 +206,8 @@ class _Walk:
                 self._write(slot, struct.pack(">H", self.packet.port))
             case Meta(MetaKey.L4PROTO, slot):
                 self._write(slot, bytes([self.packet.protocol]))
+            case Meta(MetaKey.PRIORITY, slot):
+                self._write(slot, self.priority)
             case Meta(MetaKey.MARK, slot):
                 self._write(slot, struct.pack("=I", self.mark))
             case Ct(_, slot):

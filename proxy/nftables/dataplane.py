@@ -44,6 +44,7 @@ from proxy.nftables.ruleset import (
     NODE_PORT_ADDRESSES,
     POD_CIDRS,
     RESTRICTED,
+    SHAPES,
 )
 from proxy.table import Change, merged
 
@@ -108,7 +109,7 @@ class Dataplane:
         self._parts: Counter[Part] = Counter()
         self._uses: Counter[Use] = Counter()
         self._ranges: dict[Map, Elements] = {}
-        self._idle: set[Part] = set()
+        self._idle: set[Balancer] = set()
         self.elements = 0
         self.gone: tuple[FrontendKey, ...] = ()
         """What the last load took out of the kernel: frontends that went while nobody looked."""
@@ -127,9 +128,11 @@ class Dataplane:
         sets = self._range_elements(ranges)
         for which, elements in sets.items():
             edit.take(which, [], list(elements.items()))
+        edit.take(SHAPES, [], [p.shape for p in edit.parts if isinstance(p, Balancer)])
         comment = self._nft.table_comment()
         known = comment == ruleset.layout_comment(self._family)
         wanted = {m: dict(p) for m, p in edit.added.items()} if known else {}
+        wanted[SHAPES] = wanted.get(SHAPES, {}) | dict(ruleset.constant_shapes())
         listed = [m for m in MAPS if m not in ENDPOINT_MAPS or len(wanted.get(m, ())) <= MOST_LISTED]
         there = {which: self._nft.elements(which) for which in listed} if known else {}
         self.gone = tuple(self._unwanted(there, wanted))
@@ -178,6 +181,7 @@ class Dataplane:
         begun = {p for p, n in edit.parts.items() if n and not self._parts[p]}
         ended = {p for p, n in edit.parts.items() if n and not self._parts[p] + n}
         idle = {p for p in ended if isinstance(p, Balancer)}
+        edit.take(SHAPES, [], [p.shape for p in begun - self._idle if isinstance(p, Balancer)])
         self._nft.commit(
             [
                 *(DeleteElements(m, p) for m, p in edit.removed.items()),
@@ -201,7 +205,9 @@ class Dataplane:
     def tidy(self) -> None:
         """Remove chains that nothing leads to any more, which makes the kernel wait for a grace period."""
         if self._idle:
-            self._nft.commit(parts.removed(self._idle))
+            shapes = [p.shape for p in self._idle]
+            self._nft.commit([DeleteElements(SHAPES, shapes), *parts.removed(self._idle)])
+            self.elements -= len(shapes)
             self._idle.clear()
 
     def culprit(self, error: BatchError, frontends: Iterable[Frontend]) -> Frontend | None:
@@ -211,7 +217,7 @@ class Dataplane:
             return None
         for frontend in frontends:
             kind = kind_of(frontend.key)
-            maps = (kind.verdicts, kind.endpoints, RESTRICTED, ALLOWED_SOURCES)
+            maps = (kind.shapes, kind.endpoints, kind.affinity, RESTRICTED, ALLOWED_SOURCES)
             if operation.map in maps and element.startswith(key_bytes(frontend.key)):
                 return frontend
         return None
@@ -222,8 +228,9 @@ class Dataplane:
         assert some
         kind = kind_of(some.key)
         found = delta(old, new)
-        edit.take(kind.verdicts, found.old_verdicts, found.new_verdicts)
+        edit.take(kind.shapes, found.old_shapes, found.new_shapes)
         edit.take(kind.endpoints, found.old_endpoints, found.new_endpoints)
+        edit.take(kind.affinity, found.old_affinity, found.new_affinity)
         for frontend, count in ((old, -1), (new, 1)):
             if frontend is None:
                 continue
@@ -266,7 +273,7 @@ class Dataplane:
     def _unwanted(self, there: _Contents, wanted: _Contents) -> Iterator[FrontendKey]:
         """Yield the frontends that are there and not wanted."""
         for kind in KINDS:
-            for key in there.get(kind.verdicts, {}).keys() - wanted.get(kind.verdicts, {}).keys():
+            for key in there.get(kind.shapes, {}).keys() - wanted.get(kind.shapes, {}).keys():
                 with contextlib.suppress(ValueError):  # of a protocol that no service has: not ours
                     yield key_of(kind, self._family, key)
 

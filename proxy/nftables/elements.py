@@ -14,13 +14,15 @@ from proxy.frontends import Action, Frontend, FrontendKey, Origin
 from proxy.model import Protocol
 from proxy.nftables.parts import balancer
 from proxy.nftables.ruleset import (
+    DROPPED,
     NODE_PORTS,
     NODE_PORTS_INTERNAL,
-    REJECT_CHAIN,
+    REJECTED,
     SERVICES,
     SERVICES_INTERNAL,
     Kind,
-    balance_chain,
+    affinity_id,
+    shape_id,
 )
 
 _PORT = struct.Struct(">HH")
@@ -30,12 +32,14 @@ Pairs = list[tuple[bytes, Data]]
 
 
 class Delta(NamedTuple):
-    """Elements to take out of a pair of maps and to put in, verdicts and endpoints apart."""
+    """Elements to take out of a kind's maps and to put in, map by map."""
 
-    old_verdicts: Pairs
-    new_verdicts: Pairs
+    old_shapes: Pairs
+    new_shapes: Pairs
     old_endpoints: Pairs
     new_endpoints: Pairs
+    old_affinity: Pairs
+    new_affinity: Pairs
 
 
 def kind_of(key: FrontendKey) -> Kind:
@@ -52,7 +56,7 @@ def key_bytes(key: FrontendKey) -> bytes:
 
 
 def key_of(kind: Kind, family: Family, encoded: bytes) -> FrontendKey:
-    """Return the frontend's key that an element of a kind's verdicts stands for."""
+    """Return the frontend's key that an element of a kind's shapes stands for."""
     size = family.size if kind.by_address else 0
     address = socket.inet_ntop(family.af, encoded[:size]) if size else ""
     port, _ = _PORT.unpack_from(encoded, size + 4)
@@ -60,14 +64,21 @@ def key_of(kind: Kind, family: Family, encoded: bytes) -> FrontendKey:
     return FrontendKey(family, address, Protocol(encoded[size]), port, origin)
 
 
-def verdict(frontend: Frontend) -> Goto:
-    """Return where packets to a frontend go; an empty chain drops them."""
+def shape(frontend: Frontend) -> bytes:
+    """Return the number that tells what happens to packets to a frontend."""
     if frontend.action is Action.BALANCE:
         kind = kind_of(frontend.key)
         if frontend.affinity:
-            return Goto(balancer(kind, frontend).chain)
-        return Goto(balance_chain(kind, len(frontend.endpoints), frontend.masquerade))
-    return Goto(REJECT_CHAIN if frontend.action is Action.REJECT else "")
+            return affinity_id(kind)
+        return shape_id(kind, len(frontend.endpoints), frontend.masquerade)
+    return REJECTED if frontend.action is Action.REJECT else DROPPED
+
+
+def affinity(frontend: Frontend) -> Goto | None:
+    """Return where packets to a frontend with session affinity go; None for any other."""
+    if frontend.action is Action.BALANCE and frontend.affinity:
+        return Goto(balancer(kind_of(frontend.key), frontend).chain)
+    return None
 
 
 def endpoint_data(frontend: Frontend) -> list[bytes]:
@@ -80,17 +91,18 @@ def endpoint_data(frontend: Frontend) -> list[bytes]:
 
 def delta(old: Frontend | None, new: Frontend | None) -> Delta:
     """Return the elements that turn one version of a frontend into another; at least one is given."""
-    found = Delta([], [], [], [])
+    found = Delta([], [], [], [], [], [])
     some = new or old
     assert some
     prefix = key_bytes(some.key)
-    before = verdict(old) if old else None
-    after = verdict(new) if new else None
-    if before != after:
-        if before:
-            found.old_verdicts.append((prefix, before))
-        if after:
-            found.new_verdicts.append((prefix, after))
+    for of, removed, added in (
+        (shape, found.old_shapes, found.new_shapes),
+        (affinity, found.old_affinity, found.new_affinity),
+    ):
+        before, after = of(old) if old else None, of(new) if new else None
+        if before != after:
+            removed.extend([(prefix, before)] if before else [])
+            added.extend([(prefix, after)] if after else [])
     was = endpoint_data(old) if old else []
     now = endpoint_data(new) if new else []
     if not was:  # as in a load of everything

@@ -51,6 +51,7 @@ from proxy.nftables.ruleset import (
     balance_chain,
     balance_rules,
     mark_rules,
+    shape_id,
     source,
 )
 
@@ -78,6 +79,11 @@ class Balancer:
     def maps(self) -> tuple[str, ...]:
         """The names of its own maps."""
         return ()
+
+    @property
+    def shape(self) -> tuple[bytes, Data]:
+        """The element that leads to it from the number of its shape."""
+        return shape_id(self.kind, self.endpoints, self.masquerade), Goto(self.chain)
 
     def make(self, family: Family) -> tuple[Operation, ...]:
         """Return what makes it."""

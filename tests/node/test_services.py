@@ -70,7 +70,7 @@ def take(proxy: ServiceProxy, state: Snapshot, place: Place = HERE) -> None:
 def kernel() -> set[bytes]:
     """Return the cluster addresses that are served."""
     with Nft(Family.V4, TABLE) as nft:
-        return {key[:4] for key in nft.elements(SERVICES.verdicts)}
+        return {key[:4] for key in nft.elements(SERVICES.shapes)}
 
 
 def address(number: int) -> bytes:
@@ -91,7 +91,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         for _, operations in parts:
             for operation in operations:
                 for key, _ in operation.elements if isinstance(operation, AddElements) else ():
-                    if operation.map in (SERVICES.verdicts, SERVICES.endpoints) and any(
+                    if operation.map in (SERVICES.shapes, SERVICES.endpoints) and any(
                         key.startswith(bytes(map(int, a.split(".")))) for a in refused
                     ):
                         raise BatchError(errno.EINVAL, operation, key, "")
@@ -143,8 +143,8 @@ def test_an_element_of_somebody_elses_in_our_way_is_set_right_and_no_service_lef
             take(proxy, snapshot(1))
             (frontend,) = proxy.table
             theirs = key_bytes(frontend.key._replace(address="10.96.0.2"))
-            (data,) = nft.elements(SERVICES.verdicts).values()
-            nft.commit([AddElements(SERVICES.verdicts, [(theirs, data)])])
+            (data,) = nft.elements(SERVICES.shapes).values()
+            nft.commit([AddElements(SERVICES.shapes, [(theirs, data)])])
             take(proxy, snapshot(1, 2))
             assert kernel() == {address(1), address(2)}
             assert proxy.problems == ()
@@ -186,7 +186,7 @@ def test_an_element_that_somebody_took_comes_back_though_no_rule_is_missing(
             pending = store.take(0)
             assert pending
             syncer.sync(pending)
-            subprocess.run(["nft", "flush", "map", "ip", TABLE, SERVICES.verdicts.name], check=True)
+            subprocess.run(["nft", "flush", "map", "ip", TABLE, SERVICES.shapes.name], check=True)
             assert syncer.intact(), "rules are all there"
             syncer.suspect()
             assert syncer.again() is None, "too soon after all was compared"

@@ -75,7 +75,7 @@ def sync(syncer: Syncer, store: Store) -> None:
 
 def verdicts(family: Family = Family.V4) -> int:
     with Nft(family, TABLE) as nft:
-        return len(nft.elements(SERVICES.verdicts))
+        return len(nft.elements(SERVICES.shapes))
 
 
 def gateways() -> dict[str, str | None]:

@@ -14,8 +14,8 @@ from netlink.family import Family
 from netlink.nftables.objects import Elements, Goto
 from proxy.frontends import Action, Backend, Frontend, FrontendKey, Masquerade, Origin
 from proxy.model import Protocol
-from proxy.nftables.elements import Delta, Pairs, delta, hairpin, intervals, key_bytes, kind_of, verdict
-from proxy.nftables.ruleset import KINDS
+from proxy.nftables.elements import Delta, Pairs, delta, hairpin, intervals, key_bytes, key_of, kind_of, shape
+from proxy.nftables.ruleset import KINDS, constant_shapes, shape_id
 
 V4, V6 = Family.V4, Family.V6
 
@@ -45,9 +45,26 @@ def test_a_hairpin_is_an_address_with_itself() -> None:
         (Action.DROP, 0, Goto("")),
     ],
 )
-def test_an_action_is_a_verdict(action: Action, endpoints: int, goto: Goto) -> None:
+def test_a_frontend_has_the_number_of_its_chain(action: Action, endpoints: int, goto: Goto) -> None:
     backends = tuple(Backend(f"10.0.0.{i}", 53, False) for i in range(endpoints))
-    assert verdict(Frontend(a_key(), "ns/dns", action, Masquerade.OFF_CLUSTER, backends)) == goto
+    frontend = Frontend(a_key(), "ns/dns", action, Masquerade.OFF_CLUSTER, backends)
+    assert dict(constant_shapes())[shape(frontend)] == goto
+
+
+def test_every_shape_has_a_number_of_its_own() -> None:
+    numbers = [number for number, _ in constant_shapes()]
+    numbers += [
+        shape_id(k, n, m) for k in KINDS for m in Masquerade for n in (1, 17, 5000, 999_999) if n > 16
+    ]
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("family", [V4, V6])
+def test_a_key_is_read_back_from_its_element(family: Family) -> None:
+    for address in ("10.96.0.1" if family is V4 else "fd00::1", ""):
+        for origin in Origin:
+            key = FrontendKey(family, address, Protocol.SCTP, 5353, origin)
+            assert key_of(kind_of(key), family, key_bytes(key)) == key
 
 
 def test_the_kind_is_where_a_packet_looks_first() -> None:
@@ -56,14 +73,13 @@ def test_the_kind_is_where_a_packet_looks_first() -> None:
     assert found == list(KINDS)
 
 
-def test_a_new_endpoint_address_writes_no_verdict() -> None:
-    """Verdicts make the kernel look at the whole table again; endpoints do not."""
+def test_a_new_endpoint_address_touches_one_element() -> None:
     old, new = (
         Frontend(a_key(), "ns/dns", Action.BALANCE, Masquerade.NEVER, (Backend(address, 53, False),))
         for address in ("10.0.0.1", "10.0.0.2")
     )
     found = delta(old, new)
-    assert (found.old_verdicts, found.new_verdicts) == ([], [])
+    assert (found.old_shapes, found.new_shapes) == ([], [])
     assert (len(found.old_endpoints), len(found.new_endpoints)) == (1, 1)
 
 
@@ -75,24 +91,23 @@ def frontends(key: FrontendKey) -> st.SearchStrategy[Frontend | None]:
     )
     backends = st.lists(st.builds(Backend, address, st.integers(1, 65535), st.booleans()), max_size=5)
 
-    def made(endpoints: list[Backend], empty: Action, masquerade: Masquerade) -> Frontend:
+    def made(endpoints: list[Backend], empty: Action, masquerade: Masquerade, affinity: int) -> Frontend:
         action = Action.BALANCE if endpoints else empty
-        return Frontend(key, "ns/dns", action, masquerade, tuple(endpoints))
+        return Frontend(key, "ns/dns", action, masquerade, tuple(endpoints), affinity)
 
-    return st.none() | st.builds(
-        made, backends, st.sampled_from([Action.REJECT, Action.DROP]), st.sampled_from(Masquerade)
-    )
+    empty = st.sampled_from([Action.REJECT, Action.DROP])
+    return st.none() | st.builds(made, backends, empty, st.sampled_from(Masquerade), st.sampled_from([0, 60]))
 
 
 all_keys = st.sampled_from([a_key(), a_key(V6, "fd00::1"), a_key(address=""), a_key(V6, "", Origin.INTERNAL)])
 
 
-def elements(frontend: Frontend | None) -> tuple[Elements, Elements]:
+def elements(frontend: Frontend | None) -> tuple[Elements, Elements, Elements]:
     if frontend is None:
-        return {}, {}
+        return {}, {}, {}
     found = delta(None, frontend)
-    assert (found.old_verdicts, found.old_endpoints) == ([], [])
-    return dict(found.new_verdicts), dict(found.new_endpoints)
+    assert (found.old_shapes, found.old_endpoints, found.old_affinity) == ([], [], [])
+    return dict(found.new_shapes), dict(found.new_endpoints), dict(found.new_affinity)
 
 
 def applied(held: Elements, removed: Pairs, added: Pairs) -> Elements:
@@ -112,17 +127,18 @@ def test_a_delta_leads_from_one_version_to_the_other(pair: tuple[Frontend | None
     if old is None and new is None:
         return
     found: Delta = delta(old, new)
-    verdicts, endpoints = elements(old)
+    shapes, endpoints, affinity = elements(old)
     assert (
-        applied(verdicts, found.old_verdicts, found.new_verdicts),
+        applied(shapes, found.old_shapes, found.new_shapes),
         applied(endpoints, found.old_endpoints, found.new_endpoints),
+        applied(affinity, found.old_affinity, found.new_affinity),
     ) == elements(new)
 
 
 @given(all_keys.flatmap(frontends))
 def test_an_unchanged_frontend_has_an_empty_delta(frontend: Frontend | None) -> None:
     if frontend:
-        assert delta(frontend, frontend) == Delta([], [], [], [])
+        assert delta(frontend, frontend) == Delta([], [], [], [], [], [])
 
 
 def holds(found: Elements, address: int, family: Family) -> bool:
