@@ -158,6 +158,8 @@ D = (
     Case("D", "client", (), "udp node2:30181"),
     # From inside the cluster the policy is not applied: the pod is reached, with its client's address.
     _pod("D", "summary-1", "customer", "node2:30181", "summary-1"),
+    # A pod of a third node would be answered past the node that it asked: so that one is in between.
+    _pod("D", "summary-2", "customer", "node2:30181", "node2"),
 )
 
 E = (

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -134,11 +134,13 @@ class Daemon:
     def _sync_until_stopped(self, syncer: Syncer, inspect: InspectService, keeper: Keeper) -> None:
         wait = RETRY_SECONDS[0]
         while not self._stop.is_set():
-            pending = self._pending or self._store.take(timeout=0.2) or syncer.again()
+            pending = self._pending or self._store.take(timeout=0.2)
+            if again := syncer.again():  # also while changes keep coming
+                pending = _with_nodes(pending) or again
             self._pending = pending
             try:
                 if not keeper.look():
-                    pending = pending or syncer.compare()
+                    pending = _with_nodes(pending) or syncer.compare()
                 if pending is None:
                     syncer.rest()
                     continue
@@ -222,6 +224,11 @@ def _forget_stale_flows(ledger: Ledger, reaper: Reaper) -> None:
     for attachment in ledger.attachments(State.ATTACHED):
         if attachment.host_ports:
             reaper.settle(attachment)
+
+
+def _with_nodes(pending: Pending | None) -> Pending | None:
+    """Return a change that has everything looked at as well."""
+    return replace(pending, nodes=True) if pending else None
 
 
 def _merged(failed: Pending, newer: Pending | None) -> Pending:

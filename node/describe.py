@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from api import podwire_pb2 as pb
 from netlink.conntrack import Conntrack
 from proxy.explain import explain
-from proxy.frontends import Action, Backend, Frontend, FrontendKey, Origin
+from proxy.frontends import Action, Frontend, FrontendKey, Origin
 from proxy.model import EndpointSlice, Service
 from proxy.topology import Place
 
@@ -88,12 +88,17 @@ def count(own: Sequence[Frontend]) -> Connections:
     Those of clients inside and outside are counted together: what tells them apart is not in the entries.
     """
     found: Connections = Counter()
+    wanted = list(_destinations(own))
     with Conntrack() as entries:
-        for key, backends in _destinations(own):
-            for flow in entries.flows(key.family, key.protocol.value, key.port):
-                to = Backend(flow.reply.source, flow.reply.sport, local=False)[:2]
-                if to in backends and key.address in ("", flow.original.destination):
-                    found[key, *to] += 1
+        for family, protocol in {(key.family, key.protocol) for key, _ in wanted}:
+            alike = [(key, to) for key, to in wanted if (key.family, key.protocol) == (family, protocol)]
+            one = alike[0][0].port if len({key.port for key, _ in alike}) == 1 else None
+            for flow in entries.flows(family, protocol.value, one):
+                to = flow.reply.source, flow.reply.sport
+                for key, backends in alike:
+                    here = key.port == flow.original.dport and key.address in ("", flow.original.destination)
+                    if here and to in backends:
+                        found[key, *to] += 1
     return found
 
 

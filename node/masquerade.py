@@ -40,6 +40,7 @@ def ranges(
         ),
         no_masquerade=(*pod_cidrs, *hosts, *ALWAYS_KEPT, *extra),
         node_ports=tuple(node_ports) or _hosts(own),
+        node_pods=tuple(cidr for name, cidr in accepted if name == me),
     )
 
 

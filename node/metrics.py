@@ -6,6 +6,7 @@ Source of the names and buckets: Kubernetes documentation, "Kubernetes Metrics R
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Iterable
 
@@ -74,6 +75,7 @@ class Metrics:
             for kind, what in (("service", "Services"), ("endpoint", "EndpointSlices"))
         }
         self._counted = (0, 0)
+        self._lock = threading.Lock()  # several may ask at once
         self._no_local = gauge(
             f"{sync}_no_local_endpoints_total",
             "Service ports with policy Local, endpoints, and none of them on this node",
@@ -114,13 +116,14 @@ class Metrics:
 
     def services(self, store: Store, frontends: Collection[Frontend], elements: int) -> None:
         """Set what can be told at any moment."""
-        totals = store.service_changes, store.endpoint_changes
-        for (pending, total), waiting, before, now in zip(
-            self._changes.values(), store.waiting, self._counted, totals, strict=True
-        ):
-            pending.set(waiting)
-            total.inc(now - before)
-        self._counted = totals
+        with self._lock:
+            totals = store.service_changes, store.endpoint_changes
+            for (pending, total), waiting, before, now in zip(
+                self._changes.values(), store.waiting, self._counted, totals, strict=True
+            ):
+                pending.set(waiting)
+                total.inc(now - before)
+            self._counted = totals
         for policy, names in without_local_endpoints(frontends).items():
             self._no_local.labels(policy).set(len(names))
         self._frontends.set(len(frontends))

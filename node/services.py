@@ -12,8 +12,8 @@ from netlink.errors import NetlinkError
 from netlink.family import Family
 from netlink.nftables.batch import BatchError, Nft
 from node.healthchecks import HealthCheck, checks
-from proxy.frontends import Frontend, frontends
-from proxy.model import ObjectName, Protocol, Snapshot
+from proxy.frontends import Frontend, behind, frontends, title_of
+from proxy.model import EMPTY, ObjectName, Protocol, Snapshot
 from proxy.nftables.dataplane import Dataplane, NodeRanges
 from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
@@ -44,6 +44,9 @@ class ServiceProxy:
         self._checked: set[ObjectName] = set()
         self._ranges = NodeRanges()
         self._loaded = False
+        self._snapshot = EMPTY
+        self._unsettled: set[Addressed] = set()
+        """What changed since connections were last looked at."""
         self.table = FrontendTable()
 
     def __enter__(self) -> Self:
@@ -82,6 +85,7 @@ class ServiceProxy:
         """Decide what the changed services look like now; all of them if the node's place changed."""
         if place != self._place:
             self._place, changed = place, snapshot.services.keys() | set(changed)
+        self._snapshot = snapshot
         changes: list[Change] = []
         for name in changed:
             self._refused.pop(name, None)
@@ -112,6 +116,7 @@ class ServiceProxy:
             self._tables.append(nft)
             self._dataplanes[family] = Dataplane(nft)
         self._ranges = ranges or self._ranges
+        self._unsettled |= {_some(c).key[:4] for c in changes}
         if loaded:
             try:
                 self._change(changes, ranges)
@@ -124,18 +129,20 @@ class ServiceProxy:
             except BatchError as error:
                 self._leave_out(error)
         self._loaded = True
-        self._forget_connections(
-            {_some(c).key[:4] for c in changes}
-            if loaded
-            else {f.key[:4] for f in self.table} | {k[:4] for d in self._dataplanes.values() for k in d.gone}
-        )
+        if not loaded:
+            self._unsettled |= {f.key[:4] for f in self.table}
+        self._forget_connections()
         return not loaded
 
     def tidy(self) -> None:
         """Remove what changes have left behind; for moments when nothing else is to be done."""
         if self._loaded:
-            for dataplane in self._dataplanes.values():
-                dataplane.tidy()
+            try:
+                for dataplane in self._dataplanes.values():
+                    dataplane.tidy()
+            except BatchError as error:
+                log.warning("somebody changed what was to be removed, comparing everything: %s", error)
+                self.compare()
 
     def compare(self) -> None:
         """Let the next `apply` compare everything with the kernel."""
@@ -144,6 +151,7 @@ class ServiceProxy:
     def _load(self) -> None:
         for family, dataplane in self._dataplanes.items():
             adopted = dataplane.load((f for f in self.table if f.key.family is family), self._ranges)
+            self._unsettled |= {key[:4] for key in dataplane.gone}
             how = "adopted what the kernel had" if adopted else "made a new table"
             log.info("%s service proxy: %s, %d elements", family.keyword, how, dataplane.elements)
 
@@ -175,25 +183,45 @@ class ServiceProxy:
         found = (d.culprit(error, self.table) for d in self._dataplanes.values())
         return next(filter(None, found), None)
 
-    def _forget_connections(self, changed: set[Addressed]) -> None:
-        """Remove UDP and SCTP connections of changed frontends that lead to what is no endpoint any more."""
-        concerned = {key for key in changed if key[2].value in KEEPS_GOING}
-        if not concerned:
+    def _forget_connections(self) -> None:
+        """Remove UDP and SCTP connections of changed frontends that lead to what serves no more.
+
+        Where policies and hints send new connections does not matter: those that are there go on while their
+        endpoint serves (kube-proxy's pkg/proxy/conntrack). What could not be done is done the next time.
+        """
+        self._unsettled = {key for key in self._unsettled if key[2].value in KEEPS_GOING}
+        if not self._unsettled:
             return
-        node = tuple(self._addresses()) if any(not address for _, address, *_ in concerned) else ()
+        node = tuple(self._addresses()) if any(not address for _, address, *_ in self._unsettled) else ()
         served: dict[Destination, frozenset[Backend]] = {}
-        for family, address, protocol, port in concerned:
-            endpoints = self.table.endpoints(family, address, protocol, port)
-            backends = frozenset(Backend(e.address, e.port) for e in endpoints)
+        for key in self._unsettled:
+            family, address, protocol, port = key
             own = (address,) if address else (a for a in node if (":" in a) == (family is Family.V6))
-            served |= dict.fromkeys((Destination(protocol.value, a, port) for a in own), backends)
+            destinations = (Destination(protocol.value, a, port) for a in own)
+            served |= dict.fromkeys(destinations, self._serving(self.table.holder(*key), family))
         try:
             gone = self._conntrack.delete_stale(served)
         except NetlinkError as error:
-            log.warning("connections to endpoints that are gone stay: %s", error)
+            log.warning("connections to endpoints that are gone stay for now: %s", error)
             return
+        self._unsettled.clear()
         if gone:
             log.info("%d connections to endpoints that are gone were forgotten", gone)
+
+    def _serving(self, title: str, family: Family) -> frozenset[Backend]:
+        """Return the endpoints of a service port that serve, be they ready or on their way out."""
+        name = ObjectName(*title.partition(":")[0].split("/")) if title else None
+        service = self._snapshot.services.get(name) if name else None
+        if not name or not service:
+            return frozenset()
+        slices = self._snapshot.slices.get(name, ())
+        ports = [port for port in service.ports if title_of(service, port) == title]
+        return frozenset(
+            Backend(endpoint.address, number)
+            for port in ports
+            for number, endpoint in behind(slices, port, family)
+            if endpoint.ready or endpoint.serving
+        )
 
 
 def _some(change: Change) -> Frontend:

@@ -82,7 +82,9 @@ class Status:
 class Syncer:
     """One snapshot after the other; used by one thread, the one that entered it."""
 
-    def __init__(self, config: SyncConfig, ledger: Ledger, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, config: SyncConfig, ledger: Ledger, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._config = config
         self._ledger = ledger
         self._clock = clock
@@ -94,6 +96,8 @@ class Syncer:
         self._nodes: Mapping[str, Node] = {}
         self._incomplete = False
         self._suspected, self._compared = False, 0.0
+        self._synced: float | None = None  # the last time that everything but elements was looked at
+        self._busy = 0.0
         self.served_addresses: tuple[str, ...] = ()
         self.status = Status()
 
@@ -152,6 +156,9 @@ class Syncer:
         if full:
             self._suspected, self._compared = False, self._clock()
         self._loaded = True
+        self._busy = self._clock()
+        if full or pending.nodes:
+            self._synced = self._busy
         self._report(snapshot)
         return full
 
@@ -170,13 +177,13 @@ class Syncer:
             self._proxy.compare()
             return self.compare()
         wait = RETRY_SECONDS if self._incomplete else COMPARE_SECONDS
-        if not self.status.last_sync or self._clock() - self.status.last_sync < wait:
+        if self._synced is None or self._clock() - self._synced < wait:
             return None
         return self.compare()
 
     def rest(self) -> None:
         """Do what can wait until changes pause; call it when there is nothing else to do."""
-        if self._clock() - self.status.last_sync > REST_SECONDS:
+        if self._clock() - self._busy > REST_SECONDS:
             self._proxy.tidy()
 
     def suspect(self) -> None:
@@ -207,6 +214,7 @@ class Syncer:
             pod_cidrs=(*ranges.pod_cidrs, *pools),
             local_pod_cidrs=(*ranges.local_pod_cidrs, *leaving),
             no_masquerade=(*ranges.no_masquerade, *pools),
+            node_pods=(*ranges.node_pods, *pools),
         )
 
     def _among_own(self, cidrs: Iterable[str]) -> tuple[str, ...]:
@@ -286,7 +294,7 @@ class Syncer:
         ]
 
     def _report(self, snapshot: Snapshot) -> None:
-        self.status.last_sync = self._clock()
+        self.status.last_sync = time.time()
         self.status.services = len(snapshot.services)
         problems = (*self._node_problems, *self._proxy.problems)
         for problem in problems:

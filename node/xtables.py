@@ -166,7 +166,13 @@ def run(program: str, *words: str, stdin: str = "") -> str:
         raise XtablesError(f"the program {program} is not installed")
     try:
         done = subprocess.run(
-            [path, *words], input=stdin, capture_output=True, text=True, timeout=PROGRAM_SECONDS, check=False
+            [path, *words],
+            input=stdin,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # comments are whatever somebody wrote
+            timeout=PROGRAM_SECONDS,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise XtablesError(f"{program}: {error}") from None

@@ -25,10 +25,11 @@ class Origin(Enum):
 
 
 class Masquerade(Enum):
-    """Whose source address is replaced: nobody's, that of sources outside the pod ranges, or everybody's."""
+    """Whose source address is replaced: nobody's, that of no pod, of no pod of this node, or everybody's."""
 
     NEVER = "never"
     OFF_CLUSTER = "off-cluster"
+    OFF_NODE = "off-node"
     ALWAYS = "always"
 
     __hash__ = object.__hash__
@@ -154,7 +155,8 @@ def _external(service: Service, key: FrontendKey, title: str, usable: Candidates
             key._replace(origin=Origin.INTERNAL),
             title,
             _action(usable, False),
-            Masquerade.OFF_CLUSTER,
+            # A pod of another node would be answered by the endpoint directly, past this node.
+            Masquerade.OFF_NODE,
             usable.all,
             affinity,
             sources,

@@ -1,7 +1,8 @@
 """All frontends by key: who owns which, and what a change changes.
 
 Two services can claim the same key (the same external address, a node port set by hand). Then the one
-whose name sorts first has it, whatever the order of events, and the other waits.
+whose name sorts first has it, whatever the order of events, and the other waits. A cluster address is
+nobody's external one: externalIPs take nothing from another service.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from netlink.family import Family
-from proxy.frontends import Backend, Frontend, FrontendKey, Origin
+from proxy.frontends import Frontend, FrontendKey, Origin
 from proxy.model import ObjectName, Protocol
 
 
@@ -65,10 +66,10 @@ class FrontendTable:
             self._keys.pop(service, None)
         return changes
 
-    def endpoints(self, family: Family, address: str, protocol: Protocol, port: int) -> tuple[Backend, ...]:
-        """Return where connections to an address and port may go, whoever their client is."""
-        keys = (FrontendKey(family, address, protocol, port, origin) for origin in Origin)
-        return tuple(b for key in keys if (found := self._winners.get(key)) for b in found.endpoints)
+    def holder(self, family: Family, address: str, protocol: Protocol, port: int) -> str:
+        """Return the title of the service port that has an address and port; "" if none has."""
+        found = self._winners.get(FrontendKey(family, address, protocol, port, Origin.ANY))
+        return found.service if found else ""
 
     def conflicts(self) -> list[str]:
         """Return a sentence for each key that more than one service claims."""
@@ -83,13 +84,18 @@ class FrontendTable:
         holder = self._winners.get(key)
         waiting = self._waiting.pop(key, [])
         others = [f for f in ([holder, *waiting] if holder else waiting) if _owner(f) != str(service)]
-        claims = sorted([*others, claim] if claim else others, key=_owner)
+        claims = sorted([*others, claim] if claim else others, key=_rank)
         if not claims:
             self._winners.pop(key, None)
             return
         self._winners[key] = claims[0]
         if claims[1:]:
             self._waiting[key] = claims[1:]
+
+
+def _rank(frontend: Frontend) -> tuple[bool, str]:
+    """Order claims: a cluster address goes before an external one that somebody chose to be the same."""
+    return not frontend.exclusive, _owner(frontend)
 
 
 def _owner(frontend: Frontend) -> str:

@@ -32,7 +32,7 @@ from proxy.nftables.elements import (
     key_of,
     kind_of,
 )
-from proxy.nftables.parts import Balancer, Part
+from proxy.nftables.parts import AffinityBalancer, Balancer, Part
 from proxy.nftables.ruleset import (
     ALLOWED_SOURCES,
     CLUSTER_ADDRESSES,
@@ -41,6 +41,7 @@ from proxy.nftables.ruleset import (
     LOCAL_POD_CIDRS,
     MAPS,
     NO_MASQUERADE,
+    NODE_PODS,
     NODE_PORT_ADDRESSES,
     POD_CIDRS,
     RESTRICTED,
@@ -61,13 +62,15 @@ The kernel lists a map from its beginning for each 32 kB that it has told, so th
 class NodeRanges:
     """What the node rules need to know beside services; CIDRs of any family, in any order.
 
-    `node_ports` are those of the node's addresses that have node ports.
+    `node_ports` are those of the node's addresses that have node ports; `node_pods` are the ranges of its own
+    pods, and `local_pod_cidrs` those of them that get the node's address on the way out.
     """
 
     pod_cidrs: tuple[str, ...] = ()
     local_pod_cidrs: tuple[str, ...] = ()
     no_masquerade: tuple[str, ...] = ()
     node_ports: tuple[str, ...] = ("0.0.0.0/0", "::/0")
+    node_pods: tuple[str, ...] = ()
 
 
 _Contents = Mapping[Map, Elements]
@@ -130,13 +133,13 @@ class Dataplane:
             edit.take(which, [], list(elements.items()))
         edit.take(SHAPES, [], [p.shape for p in edit.parts if isinstance(p, Balancer)])
         comment = self._nft.table_comment()
-        known = comment == ruleset.layout_comment(self._family)
+        known = comment == ruleset.layout_comment(self._family) and self.intact()
         wanted = {m: dict(p) for m, p in edit.added.items()} if known else {}
         wanted[SHAPES] = wanted.get(SHAPES, {}) | dict(ruleset.constant_shapes())
         listed = [m for m in MAPS if m not in ENDPOINT_MAPS or len(wanted.get(m, ())) <= MOST_LISTED]
         there = {which: self._nft.elements(which) for which in listed} if known else {}
         self.gone = tuple(self._unwanted(there, wanted))
-        adopted = known and self.intact() and self._are_whole(edit.parts)
+        adopted = known and self._are_whole(edit.parts)
         if adopted:
             operations = self._difference(there, wanted, edit.parts)
         else:
@@ -260,15 +263,24 @@ class Dataplane:
     def _range_elements(self, ranges: NodeRanges) -> dict[Map, Elements]:
         return {
             POD_CIDRS: intervals(self._family, ranges.pod_cidrs),
+            NODE_PODS: intervals(self._family, ranges.node_pods),
             LOCAL_POD_CIDRS: intervals(self._family, ranges.local_pod_cidrs),
             NO_MASQUERADE: intervals(self._family, ranges.no_masquerade),
             NODE_PORT_ADDRESSES: intervals(self._family, ranges.node_ports),
         }
 
     def _are_whole(self, wanted: Iterable[Part]) -> bool:
-        """Whether of each part that is there nothing is missing: they are known by their names alone."""
+        """Whether of each part that is there nothing is missing: their rules are known by their names."""
         chains, maps = self._nft.chains(), self._nft.maps()
-        return all(len({part.chain in chains, *(name in maps for name in part.maps)}) == 1 for part in wanted)
+        return all(
+            len({part.chain in chains, *(name in maps for name in part.maps)}) == 1
+            and (
+                not isinstance(part, AffinityBalancer)
+                or part.chain not in chains
+                or self._nft.elements(part.choice) == dict(part.choices)
+            )
+            for part in wanted
+        )
 
     def _unwanted(self, there: _Contents, wanted: _Contents) -> Iterator[FrontendKey]:
         """Yield the frontends that are there and not wanted."""

@@ -125,19 +125,23 @@ class Target:
 
     def make(self, family: Family) -> tuple[Operation, ...]:
         """Return what makes it."""
+        # Two rules: one that finds the set full ends, and its packet goes on.
+        remember = (source(family), Remember(self.clients.name))
         go = (
             # nft loads a dnat to a port only after a match of the protocol.
             Meta(MetaKey.L4PROTO),
             Cmp(Compare.EQ, bytes([self.protocol.value])),
-            source(family),
-            Remember(self.clients.name),
             Constant(socket.inet_pton(family.af, self.address)),
             Constant(struct.pack(">H", self.port), family.size // 4),
             Dnat(family.af, address_slot=0, port_slot=family.size // 4),
         )
-        comment = _short(f"remember the client, {_place(self.address, self.port)} of {self.service}")
-        rule = Rule(self.chain, go, comment)
-        return AddMap(self.clients), AddChain(Chain(self.chain)), AddRule(rule)
+        there = _short(f"{_place(self.address, self.port)} of {self.service}")
+        return (
+            AddMap(self.clients),
+            AddChain(Chain(self.chain)),
+            AddRule(Rule(self.chain, remember, "remember the client")),
+            AddRule(Rule(self.chain, go, there)),
+        )
 
     def remove(self) -> tuple[Operation, ...]:
         """Return what removes it; nothing may lead to it any more."""
@@ -169,7 +173,8 @@ class AffinityBalancer:
         return (self.choice.name,)
 
     @property
-    def _choices(self) -> list[tuple[bytes, Data]]:
+    def choices(self) -> list[tuple[bytes, Data]]:
+        """The elements of that map."""
         return [(struct.pack("=I", at), Goto(t.chain)) for at, t in enumerate(self.targets)]
 
     def make(self, family: Family) -> tuple[Operation, ...]:
@@ -182,14 +187,14 @@ class AffinityBalancer:
         rules.append(Rule(self.chain, new, f"a new client: one of {len(self.targets)}"))
         return (
             AddMap(self.choice),
-            AddElements(self.choice, self._choices),
+            AddElements(self.choice, self.choices),
             AddChain(Chain(self.chain)),
             *map(AddRule, rules),
         )
 
     def remove(self) -> tuple[Operation, ...]:
         """Return what removes it; its targets stay."""
-        return DeleteChain(self.chain), DeleteElements(self.choice, self._choices), DeleteMap(self.choice)
+        return DeleteChain(self.chain), DeleteElements(self.choice, self.choices), DeleteMap(self.choice)
 
 
 Part = Balancer | Target | AffinityBalancer

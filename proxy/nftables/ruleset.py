@@ -60,8 +60,9 @@ MASQUERADE_MARK = 0x4000
 """The packet mark bit from "this connection is to be masqueraded" to where that happens: kube-proxy's."""
 
 POD_CIDRS = Map("pod_cidrs", (Field.SOURCE,), interval=True, comment="the pod ranges of all nodes")
+NODE_PODS = Map("node_pods", (Field.SOURCE,), interval=True, comment="the pod ranges of this node")
 LOCAL_POD_CIDRS = Map(
-    "local_pod_cidrs", (Field.SOURCE,), interval=True, comment="the pod ranges of this node"
+    "local_pod_cidrs", (Field.SOURCE,), interval=True, comment="those that are masqueraded on the way out"
 )
 NO_MASQUERADE = Map(
     "no_masquerade", (Field.DESTINATION,), interval=True, comment="where pods keep their address: pods, nodes"
@@ -126,7 +127,7 @@ SERVICES = _kind("services", by_address=True)
 NODE_PORTS_INTERNAL = _kind("node_ports_internal", by_address=False)
 NODE_PORTS = _kind("node_ports", by_address=False)
 KINDS = (SERVICES_INTERNAL, SERVICES, NODE_PORTS_INTERNAL, NODE_PORTS)
-RANGES = (POD_CIDRS, LOCAL_POD_CIDRS, NO_MASQUERADE, NODE_PORT_ADDRESSES)
+RANGES = (POD_CIDRS, NODE_PODS, LOCAL_POD_CIDRS, NO_MASQUERADE, NODE_PORT_ADDRESSES)
 SETS = (*RANGES, HAIRPIN, CLUSTER_ADDRESSES, RESTRICTED, ALLOWED_SOURCES)
 SHAPES = Map("shapes", (Field.PRIORITY,), verdicts=True, comment="the chain of a shape")
 """The only map of verdicts that all packets meet, and it has a few hundred elements.
@@ -158,11 +159,11 @@ COMMON_SHAPES: frozenset[Shape] = frozenset(
     (kind, endpoints, masquerade)
     for endpoints in range(1, COMMON_ENDPOINTS + 1)
     for kind, masquerade in (
-        (SERVICES_INTERNAL, MasqueradePolicy.OFF_CLUSTER),
+        (SERVICES_INTERNAL, MasqueradePolicy.OFF_NODE),
         (SERVICES, MasqueradePolicy.OFF_CLUSTER),
         (SERVICES, MasqueradePolicy.ALWAYS),
         (SERVICES, MasqueradePolicy.NEVER),
-        (NODE_PORTS_INTERNAL, MasqueradePolicy.OFF_CLUSTER),
+        (NODE_PORTS_INTERNAL, MasqueradePolicy.OFF_NODE),
         (NODE_PORTS, MasqueradePolicy.ALWAYS),
         (NODE_PORTS, MasqueradePolicy.NEVER),
     )
@@ -209,6 +210,7 @@ def balance_chain(kind: Kind, endpoints: int, masquerade: MasqueradePolicy) -> s
     suffix = {
         MasqueradePolicy.NEVER: "",
         MasqueradePolicy.OFF_CLUSTER: "_masquerade_off_cluster",
+        MasqueradePolicy.OFF_NODE: "_masquerade_off_node",
         MasqueradePolicy.ALWAYS: "_masquerade",
     }
     return f"{kind.name}_{endpoints}{suffix[masquerade]}"
@@ -239,6 +241,9 @@ def mark_rules(family: Family, chain: str, masquerade: MasqueradePolicy) -> Iter
     elif masquerade is MasqueradePolicy.OFF_CLUSTER:
         outside = (source(family), Lookup(POD_CIDRS.name, invert=True))
         yield Rule(chain, (*outside, *_set_mark()), "masquerade clients that are not pods")
+    elif masquerade is MasqueradePolicy.OFF_NODE:
+        outside = (source(family), Lookup(NODE_PODS.name, invert=True))
+        yield Rule(chain, (*outside, *_set_mark()), "masquerade clients that are not pods of this node")
 
 
 def base(family: Family) -> tuple[Operation, ...]:

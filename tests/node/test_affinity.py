@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from netlink import netns
-from tests.node.world import CLUSTER_IP, NODES, SERVERS, World, build, ended, podwire, wait_until
+from netlink.family import Family
+from netlink.nftables.batch import Nft
+from netlink.requests import Route, route_replace
+from netlink.rtnl import Rtnl
+from proxy.frontends import frontends
+from proxy.model import Endpoint, EndpointPort, EndpointSlice, ObjectName, Protocol, Service, ServicePort
+from proxy.nftables import parts
+from proxy.nftables.dataplane import Dataplane, NodeRanges
+from proxy.nftables.ruleset import TABLE
+from proxy.topology import Place
+from tests.node.world import CLUSTER_IP, NODES, PEER, SERVERS, World, build, ended, podwire, wait_until
 from tests.proxy.world import answering
 
 THIRD = "10.244.2.12"
@@ -117,6 +128,30 @@ def test_a_client_is_forgotten_after_the_timeout(world: World) -> None:
     world.connect()
     assert remembered() == 1
     wait_until(lambda: not remembered(), "the client forgotten")
+
+
+def test_a_client_that_finds_the_set_full_is_served_all_the_same(
+    namespaces: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "MOST_CLIENTS", 1)
+    world = build(namespaces, tmp_path)
+    name, ports = ObjectName("shop", "web"), (EndpointPort("", Protocol.TCP, 8080),)
+    web = Service(name, (CLUSTER_IP,), (ServicePort("", Protocol.TCP, 80),), affinity_seconds=300)
+    piece = EndpointSlice(name, name, Family.V4, ports, (Endpoint(SERVERS[0], "node2"),))
+
+    def load() -> None:
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+        with Nft(Family.V4, TABLE) as nft:
+            Dataplane(nft).load(frontends(web, (piece,), Place("node1")), NodeRanges())
+        with Rtnl() as rtnl:
+            rtnl.commit(route_replace(Route("10.244.2.0/24", gateway=PEER)))
+
+    netns.run(world.node, load)
+    with answering(netns.run(world.peer, _listen)):
+        assert world.connect() == SERVERS[0], "which is remembered"
+        world.pod = world.node
+        assert world.connect() == SERVERS[0], "for which there is no room"
+        assert "elements" in world.run("nft", "list", "table", "ip", "podwire")
 
 
 def test_without_affinity_nothing_of_it_is_left(world: World) -> None:

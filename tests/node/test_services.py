@@ -153,6 +153,27 @@ def test_an_element_of_somebody_elses_in_our_way_is_set_right_and_no_service_lef
     netns.run(namespaces(), inside)
 
 
+def test_what_somebody_deleted_before_we_did_is_no_failure_for_long(namespaces: Callable[[], str]) -> None:
+    def inside() -> None:
+        many = [f"10.244.2.{n}" for n in range(1, 31)]
+        with ServiceProxy(lambda: ()) as proxy:
+            for addresses in (many, many[:29]):
+                slices = {service(1).name: (piece(1, *addresses),)}
+                state = Snapshot({service(1).name: service(1)}, slices, {})
+                take(proxy, state)
+            chain = "services_30_masquerade_off_cluster"
+            nft = f"flush map ip podwire shapes; delete chain ip podwire {chain}"
+            subprocess.run(["nft", nft], check=True)
+            proxy.tidy()
+            take(proxy, state)
+            assert kernel() == {address(1)}
+            chains = subprocess.run(["nft", "list", "chains"], capture_output=True, check=True).stdout
+            assert b"services_29_" in chains
+            assert b"services_30_" not in chains
+
+    netns.run(namespaces(), inside)
+
+
 def test_a_node_that_gets_another_zone_follows_its_hints(namespaces: Callable[[], str]) -> None:
     def inside() -> None:
         slices = {service(1).name: (piece(1, "10.244.2.1", "10.244.2.2", zones=("a", "b")),)}

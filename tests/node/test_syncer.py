@@ -118,6 +118,27 @@ def test_a_batch_that_the_kernel_refuses_leads_to_a_comparison_of_all(node: str,
     netns.run(node, inside)
 
 
+def test_everything_is_compared_in_time_though_changes_keep_coming(node: str, tmp_path: Path) -> None:
+    def inside() -> None:
+        now = 1000.0
+        store = Store()
+        with (
+            Ledger(tmp_path / "ledger.db", boot_id="b") as ledger,
+            Syncer(ROUTED, ledger, clock=lambda: now) as syncer,
+        ):
+            replace(store, ME, PEER, WEB)
+            sync(syncer, store)
+            for _ in range(3):
+                assert syncer.again() is None
+                now += COMPARE_SECONDS / 3
+                replace(store, ME, PEER, *([MORE, WEB] if _ % 2 else [WEB]))
+                if pending := store.take(0):
+                    syncer.sync(pending)
+            assert syncer.again()
+
+    netns.run(node, inside)
+
+
 def test_a_refused_route_is_tried_again_after_a_while(node: str, tmp_path: Path) -> None:
     foreign = Route("10.244.2.0/24", gateway="192.168.50.77", protocol=4)
 

@@ -111,6 +111,18 @@ def test_node_port_entries_follow_too(scene: Scene) -> None:
     wait_until(lambda: scene.reaches(NODE, NODE_PORT) == SERVERS[1], "the node port's new endpoint")
 
 
+def test_a_flow_stays_while_its_endpoint_serves_though_new_ones_go_elsewhere(scene: Scene) -> None:
+    assert scene.reaches(CLUSTER_IP) == SERVERS[0]
+    draining = "nodeName: node2, conditions: {ready: false, serving: true, terminating: true}}, "
+    text = udp(service()).replace(
+        "nodeName: node2}", f"{draining}{{addresses: [{SERVERS[1]}], nodeName: node2}}"
+    )
+    scene.world.write("web.yaml", text)
+    wait_until(lambda: SERVERS[1] in str(scene.world.json("frontends", "shop/web")), "the change")
+    assert scene.reaches(CLUSTER_IP) == SERVERS[0]
+    assert scene.flows() == {(CLUSTER_IP, SERVERS[0])}
+
+
 def test_a_restart_moves_no_flow_whose_endpoint_is_still_one(scene: Scene) -> None:
     """kubernetes#122740: a proxy restart moves QUIC flows."""
     both = udp(service()).replace(

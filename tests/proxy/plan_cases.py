@@ -219,7 +219,7 @@ EXTERNAL_POLICY = group(
     tcp("node port at the second address", "client > second1:30009", "pod1"),
     tcp("node port: from another node as from outside", "node2 > node1:30009", "pod1"),
     tcp("node port: a pod reaches all, address kept", "pod1b > node1:30009", "pod1 pod2"),
-    tcp("node port: so does a pod of another node", "pod2b > node1:30009", "pod1 pod2"),
+    tcp("node port: a pod of another node, masqueraded", "pod2b > node1:30009", "pod1 pod2", "masq"),
     tcp("node port: the node reaches all", "node1 > node1:30009", "pod1 pod2", "masq"),
     tcp("external address: local, kept", "client > outside/external:80", "pod1"),
     tcp("external address: a pod reaches all, kept", "pod1b > outside/external:80", "pod1 pod2"),

@@ -112,5 +112,5 @@ def test_a_node_port_under_policy_local_keeps_outside_clients_addresses() -> Non
     found = frontends(service, [piece(Endpoint("10.0.0.1", "me"))], ME)
     assert {(f.key.origin, f.masquerade) for f in found if not f.key.address} == {
         (Origin.ANY, Masquerade.NEVER),
-        (Origin.INTERNAL, Masquerade.OFF_CLUSTER),
+        (Origin.INTERNAL, Masquerade.OFF_NODE),
     }

@@ -7,6 +7,7 @@ from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from netlink.family import Family
 from netlink.nftables.fake import FakeNft
@@ -66,6 +67,18 @@ def test_a_change_of_one_that_waits_changes_nothing_now() -> None:
     changed = frontend(B, key(), "10.0.0.9")
     assert table.replace(B, [changed]) == []
     assert table.replace(A, []) == [Change(frontend(A, key()), changed)]
+
+
+def test_an_external_address_takes_no_cluster_address() -> None:
+    table = FrontendTable()
+    external = frontend(A, key())
+    cluster = replace(frontend(C, key()), exclusive=True)
+    for first, second in (((A, external), (C, cluster)), ((C, cluster), (A, external))):
+        table.replace(first[0], (first[1],))
+        table.replace(second[0], (second[1],))
+        assert [f.service for f in table] == [str(C)]
+        table.replace(A, ())
+        table.replace(C, ())
 
 
 def test_a_conflict_over_an_address_is_named() -> None:
@@ -151,6 +164,7 @@ def test_of_services_that_are_gone_nothing_is_kept() -> None:
         dataplane.apply(table.replace(name, (one,)))
     for number in range(20):
         dataplane.apply(table.replace(ObjectName("ns", f"s{number}"), ()))
+    dataplane.tidy()
     assert dataplane.elements == sum(map(len, dataplane._ranges.values()))
-    kept = (table._keys, table._winners, table._waiting, dataplane._parts, dataplane._uses)
+    kept = (table._keys, table._winners, table._waiting, dataplane._parts, dataplane._uses, dataplane._idle)
     assert not any(kept)
