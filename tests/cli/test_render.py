@@ -80,7 +80,7 @@ def test_the_frontends_then_the_ruleset(folder: Path) -> None:
         ["SERVICE", "MATCH", "PROTOCOL", "PORT", "ORIGIN", "ACTION", "MASQUERADE", "ENDPOINTS"],
         ["shop/web", "10.96.0.1", "TCP", "80", "any", "balance", "off-cluster", "10.244.1.10:8080"],
         ["shop/web", "nodeport", "TCP", "30080", "any", "balance", "never", "10.244.1.10:8080"],
-        ["shop/web", "nodeport", "TCP", "30080", "internal", "balance", "off-cluster", "10.244.1.10:8080"],
+        ["shop/web", "nodeport", "TCP", "30080", "internal", "balance", "off-node", "10.244.1.10:8080"],
     ]
     assert "[fd44:0:0:1::a]:8080" in rows
     assert rulesets.startswith("table ip podwire {\n")

@@ -22,6 +22,7 @@ def test_pods_and_nodes_are_exempt_and_so_is_what_the_user_names() -> None:
             "192.168.50.11/32", "fd00:50::11/128", "192.168.50.12/32", *ALWAYS_KEPT, "10.0.0.0/8",
         ),
         node_ports=("192.168.50.11/32", "fd00:50::11/128"),
+        node_pods=("10.244.1.0/24", "fd00:1::/64"),
     )  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def test_where_a_family_is_not_masqueraded_no_pod_of_this_node_is_and_nothing_el
     assert ranges(NODES, "node1", masquerade={Family.V6}).local_pod_cidrs == ("fd00:1::/64",)
     assert ranges(NODES, "node1", masquerade=frozenset()).local_pod_cidrs == ()
     assert (only_v4.pod_cidrs, only_v4.no_masquerade) == (both.pod_cidrs, both.no_masquerade)
+    assert only_v4.node_pods == both.node_pods, "services need to know them all the same"
 
 
 def test_a_range_that_counts_for_nobody_is_not_exempt() -> None:
