@@ -44,6 +44,7 @@ def details(
     """Return all about a service, with the connections that there are at this moment. Raises NetlinkError."""
     connections = count(own)
     found = summary(service, slices, own)
+    protocols = {port.name: port.protocol for port in service.ports}
     for one in own:
         message = frontend(one)
         anybodys = one.key._replace(origin=Origin.ANY)
@@ -59,7 +60,11 @@ def details(
                 local=local,
                 used=endpoint.used.value,
                 why=endpoint.why,
-                connections=sum(n for (_, a, p), n in connections.items() if (a, p) == (address, port)),
+                connections=sum(
+                    n
+                    for (key, *to), n in connections.items()
+                    if (key.protocol, *to) == (protocols[endpoint.port], address, port)
+                ),
             )
         )
     return found
