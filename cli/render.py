@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.output import CommandError, complain, show
 from cli.ranges import add_masquerade, add_node_ports, chosen, families
+from netlink.family import with_port
 
 if TYPE_CHECKING:
     from netlink.family import Family
@@ -197,10 +198,7 @@ def _row(frontend: Frontend) -> dict[str, Any]:
         "origin": frontend.key.origin.value,
         "action": frontend.action.value,
         "masquerade": frontend.masquerade.value,
-        "endpoints": [
-            f"[{b.address}]:{b.port}" if ":" in b.address else f"{b.address}:{b.port}"
-            for b in frontend.endpoints
-        ],
+        "endpoints": [with_port(b.address, b.port) for b in frontend.endpoints],
         "affinity_seconds": frontend.affinity,
         "restricted": frontend.sources is not None,
         "sources": list(frontend.sources or ()),

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from lab import probe, process
-from lab.probe import endpoint
 from lab.state import Lab, write
 from lab.topology import LabError
 from netlink import netns
-from netlink.family import Family
+from netlink.family import Family, with_port
 
 INTERVAL_SECONDS = 0.2
 CHECK_SECONDS = 0.2
@@ -137,7 +136,7 @@ class Balancer:
 
 def haproxy_config(front: Front) -> str:
     """Return the configuration of a proxying balancer; at `/targets` it says how many nodes it uses."""
-    servers = [f"    server {name} {endpoint(address, front.node_port)}" for name, address in front.nodes]
+    servers = [f"    server {name} {with_port(address, front.node_port)}" for name, address in front.nodes]
     check = f"check port {front.health_port} inter {round(INTERVAL_SECONDS * 1000)}ms fall 1 rise 1"
     return "\n".join(
         [
@@ -147,7 +146,7 @@ def haproxy_config(front: Front) -> str:
             "    timeout client 10s",
             "    timeout server 10s",
             "frontend front",
-            f"    bind {endpoint(front.address, front.port)}",
+            f"    bind {with_port(front.address, front.port)}",
             "    http-request return status 200 content-type text/plain lf-string %[nbsrv(nodes)]"
             " if { path /targets }",
             "    default_backend nodes",

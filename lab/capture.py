@@ -8,9 +8,8 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from lab.probe import endpoint
 from netlink import netns
-from netlink.family import Family
+from netlink.family import Family, with_port
 
 # linux/if_ether.h; asm-generic/socket.h (the old name: struct timespec of longs)
 ETH_P_ALL = 0x0003
@@ -31,8 +30,8 @@ class Hop:
     destination_port: int
 
     def __str__(self) -> str:
-        source = endpoint(self.source, self.source_port)
-        return f"{self.place:<10} {source} → {endpoint(self.destination, self.destination_port)}"
+        source = with_port(self.source, self.source_port)
+        return f"{self.place:<10} {source} → {with_port(self.destination, self.destination_port)}"
 
 
 @contextmanager

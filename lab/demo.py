@@ -17,12 +17,12 @@ from pathlib import Path
 from lab import capture, controller, network, probe, process, runtime, state
 from lab.cases import CASES, Case, Check, Row, judge
 from lab.controller import WORKERS
-from lab.probe import Answer, endpoint
+from lab.probe import Answer
 from lab.runtime import Pod, PodSpec
 from lab.state import Lab
 from lab.topology import LOCALHOST, LabError, Mode, Topology, title, titles
 from netlink import netns
-from netlink.family import Family
+from netlink.family import Family, with_port
 
 SAMPLE = Path(__file__).with_name("samples") / "yaobank.yaml"
 NODE_PORT, INTERNET_PORT = 8080, 80
@@ -371,7 +371,7 @@ def hints(world: World) -> str:
 
 def _url(address: str, port: int) -> str:
     """Return a URL that a shell takes as it is, brackets and all."""
-    url = f"http://{endpoint(address, port)}"
+    url = f"http://{with_port(address, port)}"
     return f"-g '{url}'" if ":" in address else url
 
 
@@ -434,4 +434,4 @@ def _via(world: World, case: Case) -> str:
     service = rest.partition(":")[0]
     protocol = "/udp" if case.udp else ""
     place = f"{service} " if service else f"{kind.partition(':')[0]} " if ":" in kind else ""
-    return f"{place}{endpoint(address, port)}{protocol}"
+    return f"{place}{with_port(address, port)}{protocol}"

@@ -96,11 +96,6 @@ def unrouted(namespace: str, family: Family) -> int:
     return netns.run(namespace, count)
 
 
-def endpoint(address: str, port: int | str) -> str:
-    """Return an address and a port as a URL has them."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
 def _get(address: str, port: int, timeout: float) -> Result:
     try:
         with socket.create_connection((address, port), timeout) as connection:

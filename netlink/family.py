@@ -55,3 +55,8 @@ class Family(Enum):
     def gateway(self) -> str:
         """The address every routed pod sees as its gateway; no interface carries it."""
         return "169.254.1.1" if self is Family.V4 else "fe80::1"
+
+
+def with_port(address: str, port: int | str) -> str:
+    """Write an address and a port together, an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from api import podwire_pb2 as pb
 from netlink.conntrack import Conntrack
+from netlink.family import with_port
 from proxy.explain import explain
 from proxy.frontends import Action, Frontend, FrontendKey, Origin
 from proxy.model import EndpointSlice, Service
@@ -55,7 +56,7 @@ def details(
         found.endpoints.append(
             pb.Endpoint(
                 port=endpoint.port,
-                address=_with_port(address, port),
+                address=with_port(address, port),
                 node=endpoint.node,
                 local=local,
                 used=endpoint.used.value,
@@ -80,7 +81,7 @@ def frontend(some: Frontend) -> pb.Frontend:
         origin=some.key.origin.value,
         action=some.action.value,
         masquerade=some.masquerade.value,
-        endpoints=(_with_port(b.address, b.port) for b in some.endpoints),
+        endpoints=(with_port(b.address, b.port) for b in some.endpoints),
         affinity_seconds=some.affinity,
         restricted=some.sources is not None,
         sources=some.sources or (),
@@ -114,7 +115,3 @@ def _destinations(own: Iterable[Frontend]) -> Iterator[tuple[FrontendKey, set[tu
         key = one.key._replace(origin=Origin.ANY)
         found.setdefault(key, set()).update(b[:2] for b in one.endpoints)
     yield from found.items()
-
-
-def _with_port(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from netlink.attributes import attribute, number, parsed, text
 from netlink.errors import NetlinkError
+from netlink.family import with_port
 from netlink.messages import NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR, error_code, pack, split
 from netlink.requests import link_delete
 from netlink.rtnl import Rtnl
@@ -54,7 +55,7 @@ class Server(NamedTuple):
     @property
     def place(self) -> str:
         """Address and port as ipvsadm takes them."""
-        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+        return with_port(self.address, self.port)
 
     def __str__(self) -> str:
         return f"{self.protocol} {self.place}"

@@ -19,7 +19,8 @@ from ipam.ledger import Ledger
 from node import describe
 from node.healthchecks import HealthChecks
 from node.syncer import SyncConfig, Syncer
-from proxy.frontends import Frontend
+from proxy.frontends import Frontend, owner_of
+from proxy.model import ObjectName
 from proxy.nftables.dataplane import Dataplane
 
 WORKERS = 16
@@ -107,18 +108,18 @@ class InspectService(rpc.InspectServicer):
     def Frontends(self, request: pb.FrontendsRequest, context: object) -> pb.FrontendsReply:
         """List what packets can be addressed to, as it is in the kernel."""
         wanted = request.service
-        found = (f for f in self._syncer.frontends if not wanted or f.service.split(":")[0] == wanted)
+        found = (f for f in self._syncer.frontends if not wanted or str(owner_of(f.service)) == wanted)
         return pb.FrontendsReply(frontends=map(describe.frontend, found))
 
     def Services(self, request: pb.ServicesRequest, context: grpc.ServicerContext) -> pb.ServicesReply:
         """List services in short, or one with all about it: frontends, endpoints, connections."""
         snapshot, place = self._syncer.snapshot, self._syncer.place
-        own: dict[str, list[Frontend]] = {}
+        own: dict[ObjectName, list[Frontend]] = {}
         for frontend in self._syncer.frontends:
-            own.setdefault(frontend.service.partition(":")[0], []).append(frontend)
+            own.setdefault(owner_of(frontend.service), []).append(frontend)
         found = []
         for name, service in sorted(snapshot.services.items()):
-            slices, mine = snapshot.slices.get(name, ()), own.get(str(name), [])
+            slices, mine = snapshot.slices.get(name, ()), own.get(name, [])
             if not request.service:
                 found.append(describe.summary(service, slices, mine))
             elif request.service == str(name):

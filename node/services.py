@@ -12,7 +12,7 @@ from netlink.errors import NetlinkError
 from netlink.family import Family
 from netlink.nftables.batch import BatchError, Nft
 from node.healthchecks import HealthCheck, checks
-from proxy.frontends import Frontend, behind, frontends, title_of
+from proxy.frontends import Frontend, behind, frontends, owner_of, title_of
 from proxy.model import EMPTY, ObjectName, Protocol, Snapshot
 from proxy.nftables.dataplane import Dataplane, NodeRanges
 from proxy.nftables.ruleset import TABLE
@@ -98,10 +98,11 @@ class ServiceProxy:
             changes += self.table.replace(name, found)
         return changes
 
-    def health_checks(self, snapshot: Snapshot) -> dict[int, HealthCheck]:
-        """Return what load balancers are to be told, by healthCheckNodePort."""
-        services = (snapshot.services[name] for name in self._checked)
-        return checks(services, snapshot.slices, self._place.node)
+    @property
+    def health_checks(self) -> dict[int, HealthCheck]:
+        """What load balancers are to be told, by healthCheckNodePort."""
+        services = (self._snapshot.services[name] for name in self._checked)
+        return checks(services, self._snapshot.slices, self._place.node)
 
     def apply(self, changes: list[Change], families: set[Family], ranges: NodeRanges | None) -> bool:
         """Bring changes to the kernel; everything is compared if the last time failed, or a family is new.
@@ -116,7 +117,7 @@ class ServiceProxy:
             self._tables.append(nft)
             self._dataplanes[family] = Dataplane(nft)
         self._ranges = ranges or self._ranges
-        self._unsettled |= {_some(c).key[:4] for c in changes}
+        self._unsettled |= {c.key[:4] for c in changes}
         if loaded:
             try:
                 self._change(changes, ranges)
@@ -157,7 +158,7 @@ class ServiceProxy:
 
     def _change(self, changes: list[Change], ranges: NodeRanges | None) -> None:
         for family, dataplane in self._dataplanes.items():
-            own = [c for c in changes if _some(c).key.family is family]
+            own = [c for c in changes if c.key.family is family]
             if own or ranges:
                 moved = dataplane.apply(own, ranges)
                 log.debug("%s service proxy: %d elements changed", family.keyword, moved)
@@ -168,7 +169,7 @@ class ServiceProxy:
             culprit = self._culprit(error)
             if culprit is None:
                 break
-            name = ObjectName(*culprit.service.partition(":")[0].split("/"))
+            name = owner_of(culprit.service)
             self._refused[name] = f"service {culprit.service} is not served: {error}"
             log.warning("%s", self._refused[name])
             self.table.replace(name, ())
@@ -210,7 +211,7 @@ class ServiceProxy:
 
     def _serving(self, title: str, family: Family) -> frozenset[Backend]:
         """Return the endpoints of a service port that serve, be they ready or on their way out."""
-        name = ObjectName(*title.partition(":")[0].split("/")) if title else None
+        name = owner_of(title) if title else None
         service = self._snapshot.services.get(name) if name else None
         if not name or not service:
             return frozenset()
@@ -222,9 +223,3 @@ class ServiceProxy:
             for number, endpoint in behind(slices, port, family)
             if endpoint.ready or endpoint.serving
         )
-
-
-def _some(change: Change) -> Frontend:
-    some = change.new or change.old
-    assert some
-    return some

@@ -133,7 +133,7 @@ class Syncer:
     @property
     def health_checks(self) -> dict[int, HealthCheck]:
         """What load balancers are to be told, by healthCheckNodePort."""
-        return self._proxy.health_checks(self._snapshot)
+        return self._proxy.health_checks
 
     def sync(self, pending: Pending) -> bool:
         """Bring one change to the kernel; return whether everything was compared for it.

@@ -11,7 +11,16 @@ from enum import Enum
 from typing import NamedTuple
 
 from netlink.family import Family
-from proxy.model import Endpoint, EndpointSlice, Protocol, Service, ServicePort, Struct, TrafficPolicy
+from proxy.model import (
+    Endpoint,
+    EndpointSlice,
+    ObjectName,
+    Protocol,
+    Service,
+    ServicePort,
+    Struct,
+    TrafficPolicy,
+)
 from proxy.topology import Place, narrowing
 
 
@@ -112,6 +121,11 @@ def frontends(service: Service, slices: Sequence[EndpointSlice], place: Place) -
 def title_of(service: Service, port: ServicePort) -> str:
     """Return "namespace/name:port"; an unnamed port is the service itself."""
     return f"{service.name}:{port.name}" if port.name else str(service.name)
+
+
+def owner_of(title: str) -> ObjectName:
+    """Return whose service port has a title."""
+    return ObjectName(*title.partition(":")[0].split("/"))
 
 
 def _of(family: Family, addresses: Sequence[str]) -> tuple[str, ...]:

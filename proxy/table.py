@@ -21,6 +21,13 @@ class Change(NamedTuple):
     old: Frontend | None
     new: Frontend | None
 
+    @property
+    def key(self) -> FrontendKey:
+        """What can be addressed, before and after."""
+        some = self.new or self.old
+        assert some
+        return some.key
+
 
 def merged(changes: Iterable[Change]) -> list[Change]:
     """Return one change for each key: from the first version to the last.
@@ -29,10 +36,8 @@ def merged(changes: Iterable[Change]) -> list[Change]:
     """
     net: dict[FrontendKey, Change] = {}
     for change in changes:
-        some = change.new or change.old
-        assert some
-        earlier = net.get(some.key)
-        net[some.key] = Change(earlier.old, change.new) if earlier else change
+        earlier = net.get(change.key)
+        net[change.key] = Change(earlier.old, change.new) if earlier else change
     return [c for c in net.values() if c.old != c.new]
 
 

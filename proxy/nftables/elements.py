@@ -43,7 +43,7 @@ class Delta(NamedTuple):
 
 
 def kind_of(key: FrontendKey) -> Kind:
-    """Return the pair of maps that a frontend belongs in."""
+    """Return which maps a frontend belongs in."""
     if key.address:
         return SERVICES_INTERNAL if key.origin is Origin.INTERNAL else SERVICES
     return NODE_PORTS_INTERNAL if key.origin is Origin.INTERNAL else NODE_PORTS

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from netlink.family import Family
+from netlink.family import Family, with_port
 from netlink.nftables.expressions import (
     Cmp,
     Compare,
@@ -113,7 +113,7 @@ class Target:
     def clients(self) -> Map:
         """The set of its clients, each forgotten `seconds` after its last connection."""
         name = CLIENTS + self.chain.removeprefix(TO)
-        comment = _short(f"clients that go to {_place(self.address, self.port)} of {self.service}")
+        comment = _short(f"clients that go to {with_port(self.address, self.port)} of {self.service}")
         return Map(
             name, (Field.SOURCE,), dynamic=True, timeout=self.seconds, size=MOST_CLIENTS, comment=comment
         )
@@ -135,7 +135,7 @@ class Target:
             Constant(struct.pack(">H", self.port), family.size // 4),
             Dnat(family.af, address_slot=0, port_slot=family.size // 4),
         )
-        there = _short(f"{_place(self.address, self.port)} of {self.service}")
+        there = _short(f"{with_port(self.address, self.port)} of {self.service}")
         return (
             AddMap(self.clients),
             AddChain(Chain(self.chain)),
@@ -182,7 +182,7 @@ class AffinityBalancer:
         rules = [*mark_rules(family, self.chain, self.masquerade)]
         for t in self.targets:
             known = (source(family), Lookup(t.clients.name), Do(Verdict.GOTO, t.chain))
-            rules.append(Rule(self.chain, known, f"its clients go to {_place(t.address, t.port)}"))
+            rules.append(Rule(self.chain, known, f"its clients go to {with_port(t.address, t.port)}"))
         new = (RandomIndex(len(self.targets)), VerdictLookup(self.choice.name))
         rules.append(Rule(self.chain, new, f"a new client: one of {len(self.targets)}"))
         return (
@@ -255,10 +255,6 @@ def _targets(frontend: Frontend) -> tuple[Target, ...]:
 
 def _digest(*values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
-
-
-def _place(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _short(comment: str) -> str:

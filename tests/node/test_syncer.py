@@ -128,10 +128,10 @@ def test_everything_is_compared_in_time_though_changes_keep_coming(node: str, tm
         ):
             replace(store, ME, PEER, WEB)
             sync(syncer, store)
-            for _ in range(3):
+            for number in range(3):
                 assert syncer.again() is None
                 now += COMPARE_SECONDS / 3
-                replace(store, ME, PEER, *([MORE, WEB] if _ % 2 else [WEB]))
+                replace(store, ME, PEER, *([MORE, WEB] if number % 2 else [WEB]))
                 if pending := store.take(0):
                     syncer.sync(pending)
             assert syncer.again()
