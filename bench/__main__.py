@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import cni, connect, live, proxy
+from bench import cluster, cni, connect, live, proxy
 
-PARTS = (proxy, connect, cni, live)
+PARTS = (proxy, connect, cni, live, cluster)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from cli.daemon_client import SOCKET, TIMEOUT_SECONDS, connected, fields
 from cli.output import CommandError, show
 
 
-def add_parsers(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add the commands to the parser."""
     for name, run, summary in (
         ("status", status, "whether this node's network works, and what is wrong"),

@@ -5,34 +5,46 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
 
-from cli import cleanup, daemon, doctor, inspect, install, ipam, lab, render, services
 from cli.output import CommandError, complain
 
 DESCRIPTION = "Node networking for Kubernetes: CNI plugin, IPAM, routes and service proxy in one package."
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line; each command sets `run`."""
+MODULES = {
+    "daemon": "cli.daemon",
+    "config": "cli.config",
+    "install": "cli.install",
+    **dict.fromkeys(("status", "pods", "frontends", "routes"), "cli.inspect"),
+    "services": "cli.services",
+    "render": "cli.render",
+    "ipam": "cli.ipam",
+    "doctor": "cli.doctor",
+    "cleanup": "cli.cleanup",
+    "lab": "cli.lab",
+}
+"""Where each command is."""
+
+
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, or of one command; each command sets `run`.
+
+    To load all of them takes as long as to load the daemon.
+    """
     top = argparse.ArgumentParser(prog="podwire", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=f"podwire {version('podwire')}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    daemon.add_parser(commands)
-    install.add_parser(commands)
-    inspect.add_parsers(commands)
-    services.add_parser(commands)
-    render.add_parser(commands)
-    ipam.add_parser(commands)
-    doctor.add_parser(commands)
-    cleanup.add_parser(commands)
-    lab.add_parser(commands)
+    for module in dict.fromkeys([MODULES[command]] if command in MODULES else MODULES.values()):
+        import_module(module).add_parser(commands)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 failed with a sentence, 2 wrong usage."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser(words[0] if words else "").parse_args(words)
     try:
         status = args.run(args)
         sys.stdout.flush()

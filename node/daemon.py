@@ -12,8 +12,9 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,14 +24,22 @@ from cni import install
 from cni.plugin import Plugin, ledger_of, rules_for
 from cni.reaper import Reaper
 from cni.rules import RulesError
+from cni.settings import Mode
 from ipam.ledger import Ledger, LedgerError, State
 from ipam.pools import groups
-from node import underlay, web
+from node import logs, underlay, web
+from node.config import ConfigError, Configuration, changes, taken_over
 from node.healthchecks import HealthChecks
 from node.keeper import Keeper
+from node.kube.api import Api
+from node.kube.claims import cluster_ranges
+from node.kube.upkeep import Upkeep, View
 from node.metrics import Metrics
+from node.notify import Notifier
+from node.pacing import Pacer
 from node.server import CniService, InspectService, serving
-from node.sources.manifests import Content, ManifestFolder
+from node.sources.kubernetes import Cluster, KubernetesConfig
+from node.sources.manifests import Manifests
 from node.store import Pending, Store
 from node.syncer import SyncConfig, Syncer
 from proxy.nftables.dataplane import Dataplane
@@ -48,17 +57,22 @@ RETRY_SECONDS = (0.1, 5.0)
 class DaemonConfig:
     """What the command line decides. Addresses are host:port; an empty one is not served.
 
+    Objects come from the API server that `kubernetes` names, or else from the folder `source`.
     `cni_conf_dir` is where the conflist goes once pods can be added; None leaves that to `podwire install`.
+    `configuration` is where all of it comes from, and `reload` reads that again; it raises ConfigError.
     """
 
     sync: SyncConfig
-    source: Path
+    source: Path | None
     state_dir: Path
     socket: Path
     metrics_address: str
     healthz_address: str
     cni_conf_dir: Path | None = None
     tcp_be_liberal: bool = False
+    kubernetes: KubernetesConfig | None = None
+    configuration: Configuration = field(default_factory=Configuration)
+    reload: Callable[[], DaemonConfig] | None = None
 
 
 class Daemon:
@@ -67,17 +81,25 @@ class Daemon:
     def __init__(self, config: DaemonConfig) -> None:
         self._config = config
         self._stop = threading.Event()
+        self._hangup = threading.Event()
+        self._notifier = Notifier()
+        self._started = False  # the service manager knows
         self._store = Store()
         self._metrics = Metrics()
         self._synced = threading.Event()
         self._pending: Pending | None = None
+        self._pacer = Pacer()
+        self._source = self._make_source()
+        self._upkeep: Upkeep | None = None
         self._source_failed = False
+        self._sync_problem = ""
         self._announced = False  # the conflist is written
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
+        signal.signal(signal.SIGHUP, lambda *_: self._hangup.set())
         config = self._config
         with ExitStack() as stack:
             ledger = stack.enter_context(ledger_of(config.state_dir, background_checkpoints=True))
@@ -91,7 +113,8 @@ class Daemon:
             syncer = stack.enter_context(Syncer(config.sync, ledger))
             rules = stack.enter_context(rules_for(ledger))
             self._health = stack.enter_context(HealthChecks(self._ready))
-            inspect = InspectService(config.sync, ledger, syncer, self._health, self._ready)
+            self._upkeep = self._make_upkeep(syncer)
+            inspect = InspectService(config.sync, ledger, syncer, self._ready, lambda: self._problems(syncer))
             keeper = Keeper(
                 rules,
                 intact=syncer.intact,
@@ -106,36 +129,63 @@ class Daemon:
             stack.enter_context(web.serving(config.healthz_address, health))
             stack.enter_context(serving(config.socket, CniService(plugin), inspect))
             gc.disable()  # until the first sync: nothing that is loaded for it is garbage
-            source = threading.Thread(target=self._follow, args=(inspect,), name="source")
+            source = threading.Thread(target=self._follow, name="source")
             source.start()
             stack.callback(source.join)
+            if self._upkeep:  # nobody waits for its end: it may be waiting for an answer
+                threading.Thread(
+                    target=self._upkeep.run, args=(self._stop,), name="upkeep", daemon=True
+                ).start()
             stack.callback(self._stop.set)
-            self._sync_until_stopped(syncer, inspect, keeper)
+            self._sync_until_stopped(syncer, keeper)
+            self._notifier.stopping()
         log.info("stopped; rules, routes and pods stay as they are")
         return 1 if self._source_failed else 0
 
-    def _follow(self, inspect: InspectService) -> None:
+    def _make_source(self) -> Cluster | Manifests:
+        config = self._config
+        if config.kubernetes:
+            api = Api(config.kubernetes.credentials, f"node {config.sync.node}")
+            return Cluster(api, self._store, config.sync.node, config.state_dir)
+        if config.source is None:
+            raise ValueError("neither a folder nor a cluster")
+        return Manifests(config.source, self._store)
+
+    def _make_upkeep(self, syncer: Syncer) -> Upkeep | None:
+        """Return what keeps up our Node, our podCIDRs and Events in the cluster, if there is one."""
+        kubernetes, source = self._config.kubernetes, self._source
+        if kubernetes is None or not isinstance(source, Cluster):
+            return None
+        view = View(
+            snapshot=lambda: syncer.snapshot if source.complete and self._synced.is_set() else None,
+            ready=lambda: syncer.status.ready and self._synced.is_set(),
+            problems=lambda: self._problems(syncer),
+        )
+        flat = self._config.sync.mode is Mode.FLAT  # its pods have addresses of the outside
+        ranges = () if flat else cluster_ranges(kubernetes.cluster_cidrs, kubernetes.mask_sizes)
+        return Upkeep(source.api, self._config.sync.node, view, ranges, kubernetes.namespace)
+
+    def _follow(self) -> None:
         """Deliver the source's objects to the store; the daemon ends with it."""
-
-        def deliver(content: Content) -> None:
-            for problem in content.problems:
-                if problem not in inspect.source_problems:
-                    log.warning("%s", problem)
-            inspect.source_problems = content.problems
-            self._store.replace(content.objects)
-
         try:
-            ManifestFolder(self._config.source).follow(deliver, self._stop.is_set)
+            self._source.run(self._stop.wait)
         except Exception as error:
             log.error("the source ended: %s", error)
             self._source_failed = True
             self._stop.set()
 
-    def _sync_until_stopped(self, syncer: Syncer, inspect: InspectService, keeper: Keeper) -> None:
+    def _problems(self, syncer: Syncer) -> tuple[str, ...]:
+        """Return what is wrong, in sentences."""
+        own = (self._sync_problem,) if self._sync_problem else ()
+        kept = self._upkeep.problems if self._upkeep else ()
+        return (*own, *self._source.problems, *kept, *syncer.status.problems, *self._health.problems)
+
+    def _sync_until_stopped(self, syncer: Syncer, keeper: Keeper) -> None:
         wait = RETRY_SECONDS[0]
         while not self._stop.is_set():
-            pending = self._pending or self._store.take(timeout=0.2)
-            if again := syncer.again():  # also while changes keep coming
+            pending = self._pending or self._store.take(0.2, self._pacer.gather())
+            self._tell(syncer)
+            if again := self._reloaded(syncer) or syncer.again():  # also while changes keep coming
                 pending = _with_nodes(pending) or again
             self._pending = pending
             try:
@@ -147,14 +197,55 @@ class Daemon:
                 self._sync(syncer, pending)
             except (OSError, LedgerError, RulesError) as error:
                 log.error("sync failed, trying again in %.1f s: %s", wait, error)
-                inspect.sync_problems = (f"the last change is not in the kernel: {error}",)
+                self._sync_problem = f"the last change is not in the kernel: {error}"
                 self._metrics.failed()
                 self._stop.wait(wait)
                 wait = min(wait * 2, RETRY_SECONDS[1])
                 self._pending = _merged(pending or syncer.compare(), self._store.take(timeout=0))
             else:
                 self._pending, wait = None, RETRY_SECONDS[0]
-                inspect.sync_problems = ()
+                self._sync_problem = ""
+
+    def _tell(self, syncer: Syncer) -> None:
+        """Tell the service manager how it goes; a cluster that does not answer is no reason to start anew."""
+        self._notifier.alive()
+        synced = self._synced.is_set()
+        text = f"{syncer.status.services} services" if synced else next(iter(self._source.problems), "")
+        if text and not self._started:
+            self._notifier.ready(text)
+            self._started = True
+        elif text:
+            self._notifier.status(text)
+
+    def _reloaded(self, syncer: Syncer) -> Pending | None:
+        """After a SIGHUP, take over what needs no restart, and return what to do for it."""
+        if not self._hangup.is_set() or self._config.reload is None:
+            return None
+        self._hangup.clear()
+        self._notifier.reloading()
+        before = self._config
+        try:
+            after = self._config.reload()
+        except ConfigError as error:
+            log.error("the configuration stays as it was: %s", error)
+            return None
+        finally:
+            self._notifier.ready("reloaded")
+        at_once, later = changes(before.configuration, after.configuration)
+        if later:
+            log.warning("these need a restart: %s", ", ".join(later))
+        log.info("reloaded: %s", ", ".join(at_once) or "nothing has changed")
+        sync = replace(
+            before.sync,
+            no_masquerade=after.sync.no_masquerade,
+            masquerade=after.sync.masquerade,
+            ipam=after.sync.ipam,
+            node_port_addresses=after.sync.node_port_addresses,
+        )
+        logs.set_level(after.configuration.logs.level)
+        running = taken_over(before.configuration, after.configuration)
+        self._config = replace(before, sync=sync, configuration=running)
+        return syncer.reconfigure(sync)
 
     def _sync(self, syncer: Syncer, pending: Pending) -> None:
         first = not self._synced.is_set()
@@ -163,8 +254,13 @@ class Daemon:
             full = syncer.sync(pending)
         finally:
             gc.enable()
-        self._metrics.synced(pending, time.monotonic() - start, full=full)
+        seconds = time.monotonic() - start
+        self._metrics.synced(pending, seconds, full=full)
+        if not full:
+            self._pacer.synced(seconds)
         self._health.update(syncer.health_checks, syncer.served_addresses)
+        if self._upkeep and (first or pending.nodes):
+            self._upkeep.wake()
         if first:
             self._synced.set()
             # What is here now stays: no collection needs to walk it again.

@@ -17,7 +17,6 @@ from api import podwire_pb2_grpc as rpc
 from cni.plugin import Plugin
 from ipam.ledger import Ledger
 from node import describe
-from node.healthchecks import HealthChecks
 from node.syncer import SyncConfig, Syncer
 from proxy.frontends import Frontend, owner_of
 from proxy.model import ObjectName
@@ -78,16 +77,14 @@ class InspectService(rpc.InspectServicer):
         config: SyncConfig,
         ledger: Ledger,
         syncer: Syncer,
-        health: HealthChecks,
         ready: Callable[[], bool],
+        problems: Callable[[], tuple[str, ...]],
     ) -> None:
         self._config = config
         self._ledger = ledger
         self._syncer = syncer
-        self._health = health
         self._ready = ready
-        self.source_problems: tuple[str, ...] = ()
-        self.sync_problems: tuple[str, ...] = ()
+        self._problems = problems
 
     def Pods(self, request: pb.PodsRequest, context: object) -> pb.PodsReply:
         """List the attachments in the ledger."""
@@ -155,10 +152,6 @@ class InspectService(rpc.InspectServicer):
             elements=self._syncer.elements,
             problems=self._problems(),
         )
-
-    def _problems(self) -> tuple[str, ...]:
-        status, health = self._syncer.status, self._health
-        return (*self.sync_problems, *self.source_problems, *status.problems, *health.problems)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 from node.sources.objects import Object
@@ -29,7 +29,7 @@ class Pending:
 
 
 class Store:
-    """Objects in, snapshots out; used by the source's thread and the syncer's.
+    """Objects in, snapshots out; used by the source's threads and the syncer's.
 
     `service_changes` and `endpoint_changes` count the Services and EndpointSlices that changed so far.
     """
@@ -41,48 +41,55 @@ class Store:
         self._taken = (0, 0)
         self.service_changes = self.endpoint_changes = 0
         self._changed = threading.Condition()
-        self._objects: Mapping[Identity, Object] = {}
+        self._objects: dict[Identity, Object] = {}
+        self._services: dict[ObjectName, Service] = {}
+        self._slices: dict[ObjectName, tuple[EndpointSlice, ...]] = {}
+        self._nodes: dict[str, Node] = {}
         self._snapshot = EMPTY
-        self._services: set[ObjectName] = set()
-        self._nodes = False
+        self._touched: set[type] = set()  # the kinds that differ from the snapshot
+        self._names: set[ObjectName] = set()
         self._since: float | None = None
+        self._ready = False
 
     def replace(self, objects: Mapping[Identity, Object]) -> None:
         """Set all objects. The first call makes the store ready, even with none."""
         with self._changed:
-            before, self._objects = self._objects, objects
-            first = self._snapshot is EMPTY
-            services, slices, nodes = (
-                dict(self._snapshot.services),
-                dict(self._snapshot.slices),
-                dict(self._snapshot.nodes),
-            )
-            differing = [k for k in before.keys() | objects.keys() if before.get(k) is not objects.get(k)]
-            for name in differing:
-                old, new = before.get(name), objects.get(name)
-                if old != new:
-                    self._fold(old, new, services, slices, nodes)
-            if not first and self._since is None and not self._services and not self._nodes:
-                return
-            self._snapshot = Snapshot(services, slices, nodes)
-            self._since = self._since or self._clock()
-            self._changed.notify_all()
+            gone = dict.fromkeys(self._objects.keys() - objects.keys())
+            self._ready, first = True, not self._ready
+            self._take_in({**gone, **objects}, first)
 
-    def take(self, timeout: float) -> Pending | None:
-        """Wait for a change and return it; None when there was none in that time (seconds)."""
+    def relist(self, kind: str, objects: Mapping[Identity, Object | None], keep: Set[Identity]) -> None:
+        """Set all objects of one kind; those in `keep` stay as they are."""
+        with self._changed:
+            known = {name for name in self._objects if name[0] == kind}
+            self._take_in({**dict.fromkeys(known - objects.keys() - keep), **objects})
+
+    def update(self, changes: Mapping[Identity, Object | None]) -> None:
+        """Set these objects, or take them out where None stands; the others stay."""
+        with self._changed:
+            self._take_in(changes)
+
+    def take(self, timeout: float, gather: float = 0.0) -> Pending | None:
+        """Wait for a change and return it; None when there was none in that time (seconds).
+
+        Changes that come within `gather` seconds of the first one are returned with it.
+        """
         with self._changed:
             if self._since is None:
                 self._changed.wait(timeout)
             if self._since is None:
                 return None
+            while gather > 0 and (left := self._since + gather - self._clock()) > 0:
+                self._changed.wait(left)
+            self._snapshot = self._frozen()
             pending = Pending(
                 self._snapshot,
-                frozenset(self._services),
-                self._nodes,
+                frozenset(self._names),
+                Node in self._touched,
                 self._since,
                 tuple(self._triggered),
             )
-            self._services, self._nodes, self._since, self._triggered = set(), False, None, []
+            self._touched, self._names, self._since, self._triggered = set(), set(), None, []
             self._taken = self.service_changes, self.endpoint_changes
             return pending
 
@@ -97,36 +104,57 @@ class Store:
         """When the oldest change came that has not been taken yet."""
         return self._since
 
-    def _fold(
-        self,
-        old: Object | None,
-        new: Object | None,
-        services: dict[ObjectName, Service],
-        slices: dict[ObjectName, tuple[EndpointSlice, ...]],
-        nodes: dict[str, Node],
-    ) -> None:
+    @property
+    def objects(self) -> Mapping[Identity, Object]:
+        """All objects as they are now; a copy."""
+        with self._changed:
+            return dict(self._objects)
+
+    def _take_in(self, changes: Mapping[Identity, Object | None], first: bool = False) -> None:
+        for name, new in changes.items():
+            old = self._objects.get(name)
+            if old is new or old == new:
+                continue
+            if new is None:
+                del self._objects[name]
+            else:
+                self._objects[name] = new
+            self._count(old, new)
+            self._fold(old, new)
+        if (first or self._touched) and self._since is None:
+            self._since = self._clock()
+            self._changed.notify_all()
+
+    def _frozen(self) -> Snapshot:
+        """Return a snapshot; of the mappings, those are copied that changed since the last one."""
+        last, touched = self._snapshot, self._touched
+        return Snapshot(
+            dict(self._services) if Service in touched else last.services,
+            dict(self._slices) if EndpointSlice in touched else last.slices,
+            dict(self._nodes) if Node in touched else last.nodes,
+        )
+
+    def _fold(self, old: Object | None, new: Object | None) -> None:
         """Take one object out of the mappings and put its next version in."""
-        self._count(old, new)
+        self._touched.add(type(old or new))
         match old:
             case Service():
-                services.pop(old.name, None)
-                self._services.add(old.name)
+                self._services.pop(old.name, None)
+                self._names.add(old.name)
             case EndpointSlice():
-                _set_slice(slices, old, present=False)
-                self._services.add(old.service)
+                _set_slice(self._slices, old, present=False)
+                self._names.add(old.service)
             case Node():
-                nodes.pop(old.name, None)
-                self._nodes = True
+                self._nodes.pop(old.name, None)
         match new:
             case Service():
-                services[new.name] = new
-                self._services.add(new.name)
+                self._services[new.name] = new
+                self._names.add(new.name)
             case EndpointSlice():
-                _set_slice(slices, new, present=True)
-                self._services.add(new.service)
+                _set_slice(self._slices, new, present=True)
+                self._names.add(new.service)
             case Node():
-                nodes[new.name] = new
-                self._nodes = True
+                self._nodes[new.name] = new
 
     def _count(self, old: Object | None, new: Object | None) -> None:
         if isinstance(new or old, Service):

@@ -23,6 +23,7 @@ from netlink.family import Family
 from netlink.rtnl import Rtnl
 from node import masquerade, underlay
 from node.healthchecks import HealthCheck
+from node.kube import own_node
 from node.routes import NodeRoute, plan
 from node.services import ServiceProxy
 from node.store import Pending
@@ -34,6 +35,8 @@ from proxy.topology import Place
 log = logging.getLogger("podwire.sync")
 
 IPV6_MTU = 1280
+FORMER = "former_cidrs"
+"""Among the ledger's settings: podCIDRs of before, of which pods have addresses yet."""
 
 RETRY_SECONDS, COMPARE_SECONDS = 5.0, 30.0
 """How often the kernel is compared with what it should hold: while something of it could not be had, and
@@ -190,6 +193,11 @@ class Syncer:
         """Somebody else changed some ruleset: have every element compared, though not at once each time."""
         self._suspected = True
 
+    def reconfigure(self, config: SyncConfig) -> Pending:
+        """Go by other ranges from now on, and return the change that brings them to the kernel."""
+        self._config = config
+        return self.compare()
+
     def compare(self) -> Pending:
         """Return a change that compares the kernel with what it should hold."""
         return Pending(self._snapshot, frozenset(), nodes=True, since=time.monotonic())
@@ -265,8 +273,7 @@ class Syncer:
             mtu = IPV6_MTU
         uplink = config.uplink or underlay.egress_name(self._rtnl) if config.mode is Mode.FLAT else ""
         settings = NodeSettings(config.mode, mtu, cidrs, config.ipam, uplink)
-        if settings.to_mapping() != self._ledger.settings():
-            self._ledger.save_settings(settings.to_mapping())
+        found += self._keep(settings)
         if config.mode is Mode.BRIDGE:
             return found + ensure_bridge(cidrs)
         try:
@@ -274,6 +281,21 @@ class Syncer:
         except flat.NoUplink as error:
             found.append(str(error))
         return found
+
+    def _keep(self, settings: NodeSettings) -> list[str]:
+        """Save what the CNI plugin works by; a sentence while pods have addresses of podCIDRs of before."""
+        before = self._ledger.settings()
+        last = NodeSettings.from_mapping(before)
+        known = (*map(IPNetwork, before.get(FORMER, "").split()), *(last.pod_cidrs if last else ()))
+        former = tuple(c for c in dict.fromkeys(known) if c not in settings.pod_cidrs)
+        told = ""
+        if former:
+            pods = (a.addresses for a in self._ledger.attachments())
+            told = own_node.moved(self._config.node, former, settings.pod_cidrs, pods)
+        mapping = settings.to_mapping() | ({FORMER: " ".join(map(str, former))} if told else {})
+        if mapping != before:
+            self._ledger.save_settings(mapping)
+        return [told] if told else []
 
     def _with_own_range(self, nodes: Mapping[str, Node]) -> tuple[Mapping[str, Node], list[str]]:
         """Return the nodes, ours with its last known podCIDRs if it has none now, and a sentence then.

@@ -112,13 +112,19 @@ class EndpointSlice(Struct, frozen=True):
 
 
 class Node(Struct, frozen=True):
-    """A node: its pod ranges, its own addresses (InternalIP), its zone, and whether it is on its way out."""
+    """A node: its pod ranges, its own addresses (InternalIP), its zone, and whether it is on its way out.
+
+    `tunnel_addresses` (at most one per family) and `tunnel_mac` are what it wants packets in tunnels sent to.
+    """
 
     name: str
     pod_cidrs: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
     deleting: bool = False
     zone: str = ""
+    uid: str = ""
+    tunnel_addresses: tuple[str, ...] = ()
+    tunnel_mac: str = ""
 
 
 class Snapshot(Struct, frozen=True):

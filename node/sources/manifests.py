@@ -6,6 +6,7 @@ is wrong. Only complete writes are looked at: closed after writing, moved in, mo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ import yaml
 from inotify_simple import INotify, flags
 
 from node.sources.objects import Object, ObjectError, identity, parse
+from node.store import Identity, Store
+
+log = logging.getLogger("podwire.source")
 
 SUFFIXES = (".yaml", ".yml", ".json")
 EVENTS = flags.CLOSE_WRITE | flags.MOVED_TO | flags.MOVED_FROM | flags.DELETE | flags.ONLYDIR
-Identity = tuple[str, str]
 DEEPEST = 100
 """Levels of nesting: no Kubernetes object comes near, and libyaml's recursion would overrun the stack."""
 
@@ -140,6 +143,25 @@ class ManifestFolder:
                 else:
                     objects[name], owner[name] = value, path
         return Content(objects, tuple(problems))
+
+
+class Manifests:
+    """A folder of manifests as the daemon's source."""
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self._folder, self._store = ManifestFolder(folder), store
+        self.problems: tuple[str, ...] = ()
+
+    def run(self, stopped: Callable[[float], bool]) -> None:
+        """Follow the folder until `stopped`, which waits so many seconds, says so. Raises SourceError."""
+        self._folder.follow(self._take, lambda: stopped(0))
+
+    def _take(self, content: Content) -> None:
+        for problem in content.problems:
+            if problem not in self.problems:
+                log.warning("%s", problem)
+        self.problems = content.problems
+        self._store.replace(content.objects)
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:

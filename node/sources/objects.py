@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from ipaddress import ip_address, ip_network
-from typing import Any
+from socket import AF_INET, inet_ntop, inet_pton
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,6 +23,7 @@ from node.sources.wire import (
     WireEndpoint,
     WireEndpointSlice,
     WireHint,
+    WireListed,
     WireMeta,
     WireNode,
     WireNodeSpec,
@@ -49,6 +51,7 @@ HEADLESS = "service.kubernetes.io/headless"
 TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
 SOURCE_RANGES = "service.beta.kubernetes.io/load-balancer-source-ranges"
 ZONE = "topology.kubernetes.io/zone"
+TUNNEL_ADDRESS, TUNNEL_MAC = "podwire.io/tunnel-address", "podwire.io/tunnel-mac"
 CLUSTER_AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 
 AFFINITY_SECONDS, LONGEST_AFFINITY = 10800, 86400
@@ -56,10 +59,26 @@ AFFINITY_SECONDS, LONGEST_AFFINITY = 10800, 86400
 
 PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 BROADCAST = "255.255.255.255"
+MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+NO_MAC = "00:00:00:00:00:00"
 PREFIX = re.compile(r"[^/%]+/[0-9]{1,3}")
 PATH_STEP = re.compile(r"\.(\w+)|\[(?:(\d+)|\.\.\.)\]")
 
 Object = Service | EndpointSlice | Node
+
+
+class Decoded(NamedTuple):
+    """What an object of the API says.
+
+    `value` is None for what is none of the proxy's business, and when the object is `wrong`: what it said
+    before counts then. `problems` are sentences.
+    """
+
+    name: tuple[str, str]
+    version: str
+    value: Object | None
+    problems: tuple[str, ...] = ()
+    wrong: bool = False
 
 
 class ObjectError(ValueError):
@@ -89,12 +108,12 @@ def parse(document: Any, left_out: list[str] | None = None) -> Object | None:
     external address that cannot be served must not cost a service its cluster address. Raises ObjectError.
     """
     kind, name = identity(document)
-    parsers = {"Service": _service, "EndpointSlice": _slice, "Node": _node}
-    if kind not in parsers:
+    if kind not in KINDS:
         return None
+    wire, build = KINDS[kind]
     problems: list[str] = []
     try:
-        found = parsers[kind](document, problems)
+        found: Object | None = build(msgspec.convert(document, wire), problems)
     except msgspec.ValidationError as error:
         raise ObjectError(f"{kind} {name}: {_mismatch(str(error), document)}") from error
     except (RangeError, ValueError) as error:
@@ -102,6 +121,29 @@ def parse(document: Any, left_out: list[str] | None = None) -> Object | None:
     if left_out is not None:
         left_out += [f"{kind} {name}: {problem}" for problem in problems]
     return found
+
+
+def decode(kind: str, data: bytes | msgspec.Raw) -> Decoded:
+    """Return what an object of that kind, in the API's JSON, says; it has no kind of its own in a list.
+
+    20,000 objects are decoded at the start: straight into what is read of them, in a third of the time of
+    `parse`. Raises msgspec.DecodeError for what is no JSON, or has no metadata.
+    """
+    problems: list[str] = []
+    try:
+        wire = DECODERS[kind].decode(data)
+        value = KINDS[kind][1](wire, problems)
+        meta = wire.metadata
+        text = meta.name if kind == "Node" else f"{meta.namespace or 'default'}/{meta.name}"
+        said = tuple(f"{kind} {text}: {problem}" for problem in problems)
+        return Decoded((kind, text), meta.resource_version, value, said)
+    except (msgspec.ValidationError, RangeError, ValueError):
+        document = {"kind": kind, **msgspec.json.decode(data, type=dict[str, Any])}
+    name, version = identity(document), msgspec.convert(document, WireListed).metadata.resource_version
+    try:
+        return Decoded(name, version, parse(document, problems), tuple(problems))
+    except ObjectError as error:
+        return Decoded(name, version, None, (str(error),), wrong=True)
 
 
 def _mismatch(message: str, document: Any) -> str:
@@ -136,8 +178,7 @@ def _not_ours(labels: dict[str, str]) -> bool:
     return OTHER_PROXY in labels or HEADLESS in labels
 
 
-def _service(document: Any, problems: list[str]) -> Service | None:
-    wire = msgspec.convert(document, WireService)
+def _service(wire: WireService, problems: list[str]) -> Service | None:
     spec = wire.spec
     addresses = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
     if (
@@ -224,8 +265,7 @@ def _service_port(field: str, wire: WireServicePort) -> ServicePort:
     return ServicePort(name, protocol, _port(f"{field}.port", wire.port), node_port)
 
 
-def _slice(document: Any, problems: list[str]) -> EndpointSlice | None:
-    wire = msgspec.convert(document, WireEndpointSlice)
+def _slice(wire: WireEndpointSlice, problems: list[str]) -> EndpointSlice | None:
     labels = wire.metadata.labels or {}
     service = labels.get(SERVICE_OF_SLICE)
     if not service or wire.address_type == "FQDN" or _not_ours(labels):
@@ -278,26 +318,63 @@ def _hints(field: str, wire: list[WireHint] | None) -> tuple[str, ...]:
     return tuple(_plain(f"{field}[{i}].name", h.name) for i, h in enumerate(wire or []) if h.name)
 
 
-def _node(document: Any, problems: list[str]) -> Node:
-    wire = msgspec.convert(document, WireNode)
+def _node(wire: WireNode, problems: list[str]) -> Node:
     zone = (wire.metadata.labels or {}).get(ZONE)
+    annotations = wire.metadata.annotations or {}
     spec, status = wire.spec or WireNodeSpec(), wire.status or WireNodeStatus()
     cidrs = spec.pod_cidrs or ([spec.pod_cidr] if spec.pod_cidr else [])
     taints = {t.key for t in spec.taints or []}
     return Node(
         name=_plain("metadata.name", wire.metadata.name),
         pod_cidrs=tuple(str(c) for c in parse_pod_cidrs(cidrs)),
-        addresses=tuple(
-            _address(f"status.addresses[{i}].address", a.address)
-            for i, a in enumerate(status.addresses or [])
-            if a.type == "InternalIP"
-        ),
+        addresses=_node_addresses(status, "InternalIP") or _node_addresses(status, "ExternalIP"),
         deleting=wire.metadata.deletion_timestamp is not None or CLUSTER_AUTOSCALER_TAINT in taints,
         zone=_plain(f"metadata.labels[{ZONE}]", zone) if zone else "",
+        uid=_plain("metadata.uid", wire.metadata.uid) if wire.metadata.uid else "",
+        tunnel_addresses=_tunnel_addresses(annotations.get(TUNNEL_ADDRESS, ""), problems),
+        tunnel_mac=_tunnel_mac(annotations.get(TUNNEL_MAC, ""), problems),
     )
 
 
+def _node_addresses(status: WireNodeStatus, kind: str) -> tuple[str, ...]:
+    """Return a node's addresses of a type. ExternalIPs count where it has no other, as with kube-proxy."""
+    return tuple(
+        _address(f"status.addresses[{i}].address", a.address)
+        for i, a in enumerate(status.addresses or [])
+        if a.type == kind
+    )
+
+
+def _tunnel_addresses(text: str, problems: list[str]) -> tuple[str, ...]:
+    """Return the first usable address of each family; a node must not lose its routes for its annotation."""
+    field = f"metadata.annotations[{TUNNEL_ADDRESS}]"
+    found: dict[bool, str] = {}
+    for part in map(str.strip, text.split(",") if text.strip() else ()):
+        try:
+            address = _service_ip(field, part, "a tunnel")
+        except ValueError as error:
+            problems.append(f"{error}: left out")
+            continue
+        first = found.setdefault(":" in address, address)
+        if first != address:
+            problems.append(f"{field} {part!r} is a second address beside {first!r}: left out")
+    return tuple(found.values())
+
+
+def _tunnel_mac(text: str, problems: list[str]) -> str:
+    """Return the MAC address of a node's tunnel interface; "" for one that no interface can have."""
+    mac = text.strip().lower()
+    if not mac:
+        return ""
+    if not MAC.fullmatch(mac) or mac == NO_MAC or int(mac[:2], 16) & 1:
+        problems.append(f"metadata.annotations[{TUNNEL_MAC}] {text!r} is not a unicast MAC address: left out")
+        return ""
+    return mac
+
+
 def _address(field: str, value: str, family: Family | None = None) -> str:
+    if family is not Family.V6 and _plain_ipv4(value):
+        return value
     try:
         address = ip_address(value)
         if "%" in value:  # an IPv6 zone means something on one machine only
@@ -309,8 +386,16 @@ def _address(field: str, value: str, family: Family | None = None) -> str:
     return str(address)
 
 
-def _service_ip(field: str, value: str) -> str:
-    """Return an address of a service.
+def _plain_ipv4(value: str) -> bool:
+    """Whether this is an IPv4 address in canonical form: in a tenth of the time, for 100,000 endpoints."""
+    try:
+        return inet_ntop(AF_INET, inet_pton(AF_INET, value)) == value
+    except (OSError, ValueError):
+        return False
+
+
+def _service_ip(field: str, value: str, whose: str = "a service") -> str:
+    """Return an address of a service, or of what else other nodes reach.
 
     No packet has an IPv4-mapped one, and on the others nobody but the node itself may be reached.
     """
@@ -318,7 +403,7 @@ def _service_ip(field: str, value: str) -> str:
     mapped = address.version == 6 and address.ipv4_mapped
     special = address.is_unspecified or address.is_loopback or address.is_multicast or address.is_link_local
     if special or mapped or str(address) == BROADCAST:
-        raise ValueError(f"{field} {value!r} is no address that a service can have")
+        raise ValueError(f"{field} {value!r} is no address that {whose} can have")
     return str(address)
 
 
@@ -355,3 +440,12 @@ def _policy(field: str, value: str | None) -> TrafficPolicy:
         return TrafficPolicy(value)
     except ValueError:
         raise ValueError(f"{field} {value!r} is none of Cluster, Local") from None
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "Service": (WireService, _service),
+    "EndpointSlice": (WireEndpointSlice, _slice),
+    "Node": (WireNode, _node),
+}
+"""What is read of each kind, and what makes a model value of it."""
+DECODERS = {kind: msgspec.json.Decoder(wire) for kind, (wire, _) in KINDS.items()}

@@ -20,6 +20,40 @@ class WireMeta(Wire):
     labels: dict[str, str] | None = None
     annotations: dict[str, str] | None = None
     deletion_timestamp: str | None = None
+    resource_version: str = ""
+
+
+class WireListed(Wire):
+    """What any object has."""
+
+    metadata: WireMeta
+
+
+class WireListMeta(Wire):
+    """ListMeta; `continue_` is where the next page begins."""
+
+    resource_version: str = ""
+    continue_: str = msgspec.field(name="continue", default="")
+
+
+class WireList(Wire):
+    """A page of a list; its items are decoded one by one, so that one that is wrong costs no other."""
+
+    metadata: WireListMeta
+    items: list[msgspec.Raw] | None = None
+
+
+class WireBookmark(Wire):
+    """The object of a BOOKMARK: its kind and a resourceVersion, and nothing else."""
+
+    metadata: WireListMeta
+
+
+class WireEvent(Wire):
+    """A line of a watch: ADDED, MODIFIED, DELETED, BOOKMARK or ERROR (whose object is a Status)."""
+
+    type: str
+    object: msgspec.Raw
 
 
 class WireServicePort(Wire):
@@ -160,9 +194,15 @@ class WireNodeSpec(Wire):
     taints: list[WireTaint] | None = None
 
 
+class WireNodeMeta(WireMeta):
+    """ObjectMeta of a Node, which is told from one of the same name by its uid."""
+
+    uid: str | None = None
+
+
 class WireNode(Wire):
     """Node v1."""
 
-    metadata: WireMeta
+    metadata: WireNodeMeta
     spec: WireNodeSpec | None = None
     status: WireNodeStatus | None = None

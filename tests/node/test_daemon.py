@@ -300,7 +300,7 @@ def test_wrong_input_is_a_sentence_and_everything_else_goes_on(world: World) -> 
     wait_until(lambda: world.connect("10.96.0.3") == SERVERS[1], "a service beside the wrong ones")
     assert len(problems(world)) == 2
     assert "problem    bad.yaml: Service shop/bad" in world.ask("status")
-    assert "WARNING podwire: bad.yaml: Service shop/bad" in world.log
+    assert "WARNING podwire.source: bad.yaml: Service shop/bad" in world.log
 
 
 def test_overlapping_pod_ranges_are_a_sentence_and_the_first_name_keeps_its_route(world: World) -> None:

@@ -185,6 +185,60 @@ def test_a_node_as_the_api_server_returns_it() -> None:
     )
 
 
+def test_a_node_with_external_addresses_only_is_reached_by_these() -> None:
+    addresses = [
+        {"type": "Hostname", "address": "node1"},
+        {"type": "ExternalIP", "address": "203.0.113.7"},
+        {"type": "ExternalIP", "address": "2001:db8::7"},
+    ]
+    found = parse(node(status={"addresses": addresses}))
+    assert found == Node("node1", addresses=("203.0.113.7", "2001:db8::7"))
+
+
+TUNNEL_ADDRESS, TUNNEL_MAC = "podwire.io/tunnel-address", "podwire.io/tunnel-mac"
+
+
+def test_a_node_says_where_its_tunnel_ends() -> None:
+    annotations = {TUNNEL_ADDRESS: "192.168.50.11, FD00:50::11", TUNNEL_MAC: "02:AB:cd:00:00:01"}
+    left_out: list[str] = []
+    assert parse(node(uid="9a-1", annotations=annotations), left_out) == Node(
+        "node1",
+        uid="9a-1",
+        tunnel_addresses=("192.168.50.11", "fd00:50::11"),
+        tunnel_mac="02:ab:cd:00:00:01",
+    )
+    assert not left_out
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "kept", "sentence"),
+    [
+        (TUNNEL_ADDRESS, "", (), ""),
+        (TUNNEL_ADDRESS, "10.0.0.1,node1", ("10.0.0.1",), "'node1' is not an IP address: left out"),
+        (TUNNEL_ADDRESS, "10.0.0.1,", ("10.0.0.1",), "'' is not an IP address: left out"),
+        (TUNNEL_ADDRESS, "10.0.0.1,10.0.0.2", ("10.0.0.1",),
+         "'10.0.0.2' is a second address beside '10.0.0.1': left out"),
+        (TUNNEL_ADDRESS, "10.0.0.1,10.0.0.1", ("10.0.0.1",), ""),
+        (TUNNEL_ADDRESS, "127.0.0.1,fd00::1", ("fd00::1",),
+         "'127.0.0.1' is no address that a tunnel can have: left out"),
+        (TUNNEL_ADDRESS, "fe80::1%eth0", (), "'fe80::1%eth0' is not an IP address: left out"),
+        (TUNNEL_MAC, "", "", ""),
+        (TUNNEL_MAC, "02:00:00:00:00", "", "'02:00:00:00:00' is not a unicast MAC address: left out"),
+        (TUNNEL_MAC, "03:00:00:00:00:01", "", "'03:00:00:00:00:01' is not a unicast MAC address: left out"),
+        (TUNNEL_MAC, "00:00:00:00:00:00", "", "'00:00:00:00:00:00' is not a unicast MAC address: left out"),
+        (TUNNEL_MAC, "02-00-00-00-00-01", "", "'02-00-00-00-00-01' is not a unicast MAC address: left out"),
+    ],
+)  # fmt: skip
+def test_a_wrong_annotation_of_a_node_is_left_out_with_a_sentence(
+    annotation: str, value: str, kept: Any, sentence: str
+) -> None:
+    left_out: list[str] = []
+    found = parse(node({"podCIDR": "10.244.1.0/24"}, annotations={annotation: value}), left_out)
+    assert isinstance(found, Node) and found.pod_cidrs
+    assert (found.tunnel_addresses if annotation == TUNNEL_ADDRESS else found.tunnel_mac) == kept
+    assert left_out == ([f"Node node1: metadata.annotations[{annotation}] {sentence}"] if sentence else [])
+
+
 def test_a_node_before_it_has_anything() -> None:
     assert parse(node()) == Node("node1")
     assert parse({"kind": "Node", "metadata": {"name": "node1"}}) == Node("node1")
@@ -235,6 +289,7 @@ WRONG = [
     (node({"podCIDRs": ["10.244.1.7/24"]}), "podCIDRs: '10.244.1.7/24' has host bits set"),
     (node({"podCIDRs": [5]}), "spec.podCIDRs[0] 5: Expected `str`, got `int`"),
     (node({"podCIDR": "all"}), "podCIDRs: 'all' is not a CIDR"),
+    (node(uid="a\nb"), r"metadata.uid 'a\nb' is not a name of letters"),
     (node(status={"addresses": [{"type": "InternalIP", "address": "node1"}]}),
      "status.addresses[0].address 'node1' is not an IP address"),
 ]  # fmt: skip
@@ -279,6 +334,7 @@ scalars = (
 WORDS = sorted(
     {"clusterIP", "clusterIPs", "ports", "port", "protocol", "nodePort", "metadata", "name", "labels"}
     | {"endpoints", "addresses", "conditions", "ready", "podCIDR", "podCIDRs", "status", "taints", "key"}
+    | {"annotations", "uid", "podwire.io/tunnel-mac", "podwire.io/tunnel-address"}
     | {"kubernetes.io/service-name", "spec", "type", "addressType", "address", "namespace"}
 )
 values = st.recursive(

@@ -139,3 +139,41 @@ def test_every_way_to_some_content_ends_in_the_same_snapshot(
             assert (same_service and same_slices) or name in pending.services
         assert before.nodes == pending.snapshot.nodes or pending.nodes
         before = pending.snapshot
+
+
+def test_an_update_changes_what_it_names_and_nothing_else() -> None:
+    store = Store()
+    store.replace(objects(service(A), service(B), Node("n")))
+    before = take(store).snapshot
+    store.update({("Service", str(A)): service(A, "10.96.0.9"), ("Service", "ns/none"): None})
+    pending = take(store)
+    assert pending.services == {A}
+    assert not pending.nodes
+    assert pending.snapshot == Snapshot({A: service(A, "10.96.0.9"), B: service(B)}, {}, {"n": Node("n")})
+    assert before.services[A] == service(A)
+    assert pending.snapshot.nodes is before.nodes, "what did not change is not copied"
+
+
+def test_a_list_of_one_kind_takes_out_what_it_lacks_but_what_is_to_be_kept() -> None:
+    store = Store()
+    store.replace(objects(service(A), service(B), piece("x", A), Node("n")))
+    take(store)
+    store.relist("Service", {}, frozenset({("Service", str(B))}))
+    pending = take(store)
+    assert pending.snapshot == Snapshot({B: service(B)}, {A: (piece("x", A),)}, {"n": Node("n")})
+    store.relist("Service", objects(service(B)), frozenset())
+    assert store.take(0) is None
+
+
+def test_changes_that_come_while_others_are_gathered_are_taken_with_them() -> None:
+    store = Store()
+    store.replace({})
+    take(store)
+    found: list[Pending | None] = []
+    thread = threading.Thread(target=lambda: found.append(store.take(5, gather=0.2)))
+    thread.start()
+    store.update(objects(service(A)))
+    store.update(objects(service(B)))
+    thread.join()
+    assert found[0]
+    assert found[0].services == {A, B}

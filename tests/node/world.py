@@ -6,13 +6,14 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,18 @@ def podwire(*words: str) -> tuple[int, str, str]:
 
 @dataclass(slots=True)
 class World:
-    """The namespaces, the folder, and the daemon while it runs; `options` are given to each of its starts."""
+    """The namespaces, the folder, and the daemon while it runs; `options` are given to each of its starts.
+
+    `source` is for the daemon's --source; "" is the folder of manifests. `environment` is beside ours.
+    """
 
     node: str
     pod: str
     peer: str
     root: Path
     options: tuple[str, ...] = ()
+    source: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
     daemon: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
@@ -111,15 +117,16 @@ class World:
 
     def command(self, *options: str) -> list[str]:
         words = [sys.executable, "-m", "cli.main", "daemon", "--node-name", "node1"]
-        words += ["--source", str(self.manifests), "--state-dir", str(self.root / "state")]
+        words += ["--source", self.source or str(self.manifests), "--state-dir", str(self.root / "state")]
         return [*words, "--socket", str(self.socket), *self.options, *options]
 
     def start(self) -> None:
         """Start the daemon and wait until it is healthy."""
         self.starts += 1
         with (self.root / f"log{self.starts}").open("wb") as log:
+            environment = {**os.environ, **self.environment}
             self.daemon = netns.run(
-                self.node, lambda: subprocess.Popen(self.command(), stdout=log, stderr=log)
+                self.node, lambda: subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
             )
         assert wait_status(self.node, 10256, "/healthz", time.monotonic() + 2 * DEADLINE), self.log
 
