@@ -28,7 +28,7 @@ examples:
       the plugin alone, before the daemon starts; `podwire daemon --cni-conf-dir DIR` writes the conflist
   podwire install --host-root /host --no-conflist
       from an init container with the node's file system at /host: what the plugin imports is copied to
-      /opt/podwire/lib of the node, whose own Python runs it
+      /opt/podwire of the node, from a bundle also the interpreter, else the node's own Python runs it
   podwire install --remove
       take all of it out again; pods that run go on running
 """
@@ -72,9 +72,17 @@ def _add_install(install: argparse.ArgumentParser) -> None:
         help="write below DIR, a node's file system; all other paths are the node's own",
     )
     install.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="with --host-root: copy from there the interpreter that runs the plugin, made by scripts/bundle "
+        "(default: the image's own, if it has one)",
+    )
+    install.add_argument(
         "--python",
         metavar="FILE",
-        help=f"what runs the plugin (default: what runs this; with --host-root, {HOST_PYTHON})",
+        help="what runs the plugin (default: what runs this; with --host-root, that of the bundle, or "
+        f"{HOST_PYTHON})",
     )
     what = install.add_mutually_exclusive_group()
     what.add_argument("--no-conflist", action="store_true", help="write the plugin only, and do not wait")
@@ -93,6 +101,8 @@ def run_install(args: argparse.Namespace) -> int:
     need_root("install")
     if not (math.isfinite(args.wait) and args.wait >= 0):
         raise CommandError(f"--wait {args.wait} is not a number of seconds")
+    if args.bundle and (args.python or not args.host_root):
+        raise CommandError("--bundle needs --host-root, and excludes --python")
     root = args.host_root or Path("/")
     if not root.is_dir():
         raise CommandError(f"--host-root {root} is not a folder")
@@ -101,8 +111,8 @@ def run_install(args: argparse.Namespace) -> int:
         if args.host_root:
             bin_dir, conf_dir = install.below(root, bin_dir), install.below(root, conf_dir)
         if args.remove:
-            libs = install.libs_in(install.below(root, install.LIB_DIR)) if args.host_root else None
-            for path in install.remove(bin_dir, conf_dir, libs):
+            copies = install.copies_below(root) if args.host_root else None
+            for path in install.remove(bin_dir, conf_dir, copies):
                 print(path)
             return 0
         print(_install_binary(args), flush=True)
@@ -119,7 +129,8 @@ def _install_binary(args: argparse.Namespace) -> Path:
 
     places = {"socket": str(args.socket), "state_dir": str(args.state_dir)}
     if args.host_root:
-        python = args.python or HOST_PYTHON
+        bundle = args.bundle or (install.BUNDLE if install.BUNDLE.is_dir() else None)
+        python = args.python or bundle or HOST_PYTHON
         return install.install_below(args.host_root, args.bin_dir, python=python, **places)
     if args.python:
         install.check_interpreter(Path("/"), args.python)

@@ -1,8 +1,8 @@
 """Put on a node what its container runtime looks for: the plugin binary and, once it works, the conflist.
 
 Each file is written at once or not at all. For an init container (`host_root`), whose packages the node does
-not have, those that the plugin imports are copied beside it, into a directory of their own for every version:
-a binary and the modules that it names are always of the same one.
+not have, those that the plugin imports are copied beside it, and from a bundle the interpreter: each into a
+directory of its own for every version, so that a binary and what it names are always of the same one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,9 +35,12 @@ CAPABILITIES = ("portMappings", "bandwidth", "ips", "mac", "ipRanges", "io.kuber
 
 COMPILED = ("cni", "ipam", "netlink")  # what the binary may import of podwire
 PACKAGES = (*COMPILED, "msgspec", "netaddr", "pyroute2")  # and all that it may import
-LIB_DIR = Path("/opt/podwire/lib")
+HOME = Path("/opt/podwire")  # where nodes have what is copied; an interpreter runs nowhere else
+LIB_DIR = HOME / "lib"
 LIB_PREFIX = "plugin-"  # of our directories there; an environment in /opt/podwire has a lib, too
-LIB_NAME = re.compile(rf"{LIB_PREFIX}[0-9a-f]{{16}}|\.{LIB_PREFIX}[0-9a-f]{{16}}\..*")
+PYTHON_PREFIX = "python-"
+COPY_NAME = re.compile(r"(plugin|python)-[0-9a-f]{16}|\.(plugin|python)-[0-9a-f]{16}\..*")
+BUNDLE = Path("/usr/lib/podwire/bundle")  # where the image has what `scripts/bundle` made
 PATH_LINE = "sys.path[:0] = "
 LINKS = 255  # how many names a path may have, links included
 
@@ -118,23 +121,42 @@ def write_binary(directory: Path, text: str) -> Path:
     return _write(directory / BINARY, text, 0o755)
 
 
-def install_below(root: Path, bin_dir: Path, *, python: str, socket: str, state_dir: str) -> Path:
+def install_below(root: Path, bin_dir: Path, *, python: str | Path, socket: str, state_dir: str) -> Path:
     """Write the plugin binary for the node whose file system is at `root`, and copy what it imports.
 
-    All paths are the node's. The copy that the binary before this one named stays: it may be running.
+    `python` is the node's interpreter, or as a Path a bundle to copy one from. All other paths are the
+    node's. What the binary before this one named stays: it may be running.
     """
+    directory = below(root, bin_dir)
+    keep = {*copies_of(directory / BINARY, root)}
+    if isinstance(python, Path):
+        copy = install_python(below(root, HOME), python)
+        keep.add(copy)
+        python = str(HOME / copy.name / "bin/python3")
     check_interpreter(root, python)
-    directory, libs = below(root, bin_dir), below(root, LIB_DIR)
-    before = libs_of(directory / BINARY, root)
-    lib = install_lib(libs, LIB_DIR)
+    lib = install_lib(below(root, LIB_DIR), LIB_DIR)
     path = [str(LIB_DIR / lib.name)]
     binary = write_binary(
         directory, render_binary(python=python, path=path, socket=socket, state_dir=state_dir)
     )
-    for other in libs_in(libs):
-        if other != lib and other not in before:
-            shutil.rmtree(other)
+    for other in {*copies_below(root)} - keep - {lib}:
+        shutil.rmtree(other)
     return binary
+
+
+def install_python(directory: Path, bundle: Path) -> Path:
+    """Copy the interpreter that a bundle holds (`scripts/bundle`) into a directory, and return the copy.
+
+    What is there already stays. Raises InstallError for what is no bundle.
+    """
+    found = [path for path in copies_in(bundle) if path.name.startswith(PYTHON_PREFIX)]
+    if len(found) != 1:
+        raise InstallError(f"the bundle {bundle} holds {len(found)} folders {PYTHON_PREFIX}…, and not one")
+    target = directory / found[0].name
+    if not target.is_dir():
+        with _at_once(target) as staging:
+            shutil.copytree(found[0], staging, symlinks=True, dirs_exist_ok=True)
+    return target
 
 
 def install_lib(directory: Path, name: Path) -> Path:
@@ -146,20 +168,12 @@ def install_lib(directory: Path, name: Path) -> Path:
     target = directory / f"{LIB_PREFIX}{_digest(sources)}"
     if target.is_dir():  # it is whole: it was renamed when it was
         return target
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=directory))
-    try:
+    with _at_once(target) as staging:
         for source in sources:
             shutil.copytree(source, staging / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-        staging.chmod(0o755)
         where = ["-s", str(staging), "-p", str(name / target.name)]
         command = [base_python(), "-I", "-m", "compileall", "-q", *where, str(staging)]
         subprocess.run(command, capture_output=True, check=False)
-        os.sync()  # a name must not outlive a power cut that its contents do not
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return target
 
 
@@ -240,42 +254,57 @@ def below(root: Path, path: Path) -> Path:
     raise InstallError(f"{path} below {root} is a link to itself")
 
 
-def remove(bin_dir: Path, conf_dir: Path, libs: Iterable[Path] | None = None) -> tuple[Path, ...]:
-    """Remove conflist, binary and the modules copied for it, in this order; return those that were there.
+def remove(bin_dir: Path, conf_dir: Path, copies: Iterable[Path] | None = None) -> tuple[Path, ...]:
+    """Remove conflist, binary and what was copied for it, in this order; return those that were there.
 
-    Without `libs` (`libs_in`), the modules are those that the binary names.
+    Without `copies` (`copies_below`), those that the binary names.
     """
     binary = bin_dir / BINARY
-    libs = libs_of(binary) if libs is None else tuple(libs)
+    copies = copies_of(binary) if copies is None else tuple(copies)
     removed = []
     for file in (conf_dir / CONFLIST, binary):
         if file.exists() or file.is_symlink():
             file.unlink(missing_ok=True)
             removed.append(file)
-    for lib in libs:
-        shutil.rmtree(lib)
-        removed.append(lib)
+    for copy in copies:
+        shutil.rmtree(copy)
+        removed.append(copy)
         with contextlib.suppress(OSError):  # others live there, too
-            lib.parent.rmdir()
+            for parent in copy.parents:
+                if parent.name not in (LIB_DIR.name, HOME.name):
+                    break
+                parent.rmdir()
     return tuple(removed)
 
 
-def libs_in(directory: Path) -> tuple[Path, ...]:
-    """Return the directories of copied modules below a directory, also those that were never finished."""
-    found = (path for path in directory.glob("*") if LIB_NAME.fullmatch(path.name))
+def copies_in(directory: Path) -> tuple[Path, ...]:
+    """Return the copied modules and interpreters in a directory, also those that were never finished."""
+    found = (path for path in directory.glob("*") if COPY_NAME.fullmatch(path.name))
     return tuple(sorted(path for path in found if path.is_dir() and not path.is_symlink()))
 
 
-def libs_of(binary: Path, root: Path = Path("/")) -> tuple[Path, ...]:
-    """Return the directories of copied modules that a binary names; nothing for what is no binary of ours.
+def copies_below(root: Path, named: Container[Path] | None = None) -> tuple[Path, ...]:
+    """Return all that was ever copied to a node, or what of it bears one of these names there."""
+    return tuple(
+        copy
+        for place in (LIB_DIR, HOME)
+        for copy in copies_in(below(root, place))
+        if named is None or place / copy.name in named
+    )
+
+
+def copies_of(binary: Path, root: Path = Path("/")) -> tuple[Path, ...]:
+    """Return what was copied for a binary, as it names it; nothing for what is no binary of ours.
 
     Strict, because they are removed: a checkout that somebody works in may be named there, too.
     """
     with contextlib.suppress(OSError, ValueError, SyntaxError, TypeError):
-        for line in binary.read_text().splitlines():
+        first, *lines = binary.read_text().splitlines()
+        python = Path(first.removeprefix("#!").removesuffix(" -IS"))
+        for line in lines:
             if line.startswith(PATH_LINE):
-                named = {Path(path) for path in ast.literal_eval(line.removeprefix(PATH_LINE))}
-                return tuple(lib for lib in libs_in(below(root, LIB_DIR)) if LIB_DIR / lib.name in named)
+                path = {Path(path) for path in ast.literal_eval(line.removeprefix(PATH_LINE))}
+                return copies_below(root, {python.parent.parent, *path})
     return ()
 
 
@@ -297,6 +326,21 @@ def _run_in(
         timeout=timeout,
         preexec_fn=None if root == Path("/") else enter,
     )
+
+
+@contextlib.contextmanager
+def _at_once(target: Path) -> Iterator[Path]:
+    """Give a directory to fill, which then gets its name, or is gone if it could not be filled."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        os.sync()  # a name must not outlive a power cut that its contents do not
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def _digest(sources: Iterable[Path]) -> str:

@@ -112,8 +112,9 @@ def test_removal_takes_both_and_may_be_repeated(tmp_path: Path) -> None:
 
 @pytest.fixture
 def lib_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(install, "LIB_DIR", tmp_path / "lib")
-    return tmp_path / "lib"
+    monkeypatch.setattr(install, "HOME", tmp_path / "home")
+    monkeypatch.setattr(install, "LIB_DIR", tmp_path / "home/lib")
+    return tmp_path / "home/lib"
 
 
 def lib(directory: Path, digit: str = "0") -> Path:
@@ -144,7 +145,7 @@ def test_a_plugin_that_is_not_ours_to_read_names_no_modules(
 ) -> None:
     kept = lib(lib_dir)
     (tmp_path / "podwire").write_bytes(text)
-    assert install.libs_of(tmp_path / "podwire") == ()
+    assert install.copies_of(tmp_path / "podwire") == ()
     assert kept.is_dir()
 
 
@@ -170,7 +171,7 @@ def test_a_copy_that_is_there_is_not_made_again_and_a_broken_off_one_is_not_take
     assert copied.stat().st_ino == inode
     staging = copied.rename(tmp_path / f".{copied.name}.abcdef")
     assert install.install_lib(tmp_path, tmp_path) == copied
-    assert set(install.libs_in(tmp_path)) == {copied, staging}
+    assert set(install.copies_in(tmp_path)) == {copied, staging}
 
 
 def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
