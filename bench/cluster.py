@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.cni import BLOCK, settle
 from bench.figures import ms, p50, quantile, show, timed
 from bench.plugins import Chain, Plugin, Pod, pods, process_cpu, resident
 from cni.install import install_binary
@@ -60,7 +61,9 @@ class Running:
 def add_parser(commands: Any) -> None:
     """Add `cluster` to the bench's command line."""
     parser = commands.add_parser("cluster", help="from the Kubernetes API to the kernel")
-    parser.add_argument("--starts", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--starts", type=int, default=5, help="of each cluster; 0 for none (default: %(default)s)"
+    )
     parser.add_argument("--changes", type=int, default=100, help="one by one (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the storm (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1000.0, help="changes a second (default: %(default)s)")
@@ -75,17 +78,24 @@ def run(args: argparse.Namespace) -> None:
         ("10k services x 10", SERVICES, 3.0, 0.0),
         ("10k services x 10, 5k nodes", LARGE, 0.0, 250.0),
     ):
+        if not args.starts:
+            continue
         found = [_start(layout) for _ in range(args.starts)]
         starts = [took for took, _ in found]
         most = max(used for _, used in found)
         at_most = (f"<= {seconds:g}" if seconds else "", f"<= {memory:g}" if memory else "")
         row = (name, f"{p50(starts):.2f}", f"{min(starts):.2f}", f"{max(starts):.2f}", at_most[0])
         rows.append((*row, f"{most:.1f}", at_most[1]))
-    columns = ("cluster", "ready, s, p50", "min", "max", "target", "memory, MB, max", "target")
-    show(f"From the process's start to ready, {args.starts} starts each", columns, rows)
+    if rows:
+        _show_starts(args.starts, rows)
     with _daemon(SERVICES) as daemon:
         _changes(daemon, args.changes)
         _storm(daemon, args.rate, args.seconds)
+
+
+def _show_starts(starts: int, rows: list[tuple[str, ...]]) -> None:
+    columns = ("cluster", "ready, s, p50", "min", "max", "target", "memory, MB, max", "target")
+    show(f"From the process's start to ready, {starts} starts each", columns, rows)
 
 
 def _start(layout: dict[str, int]) -> tuple[float, float]:
@@ -169,11 +179,11 @@ def _storm(daemon: Running, rate: float, seconds: float) -> None:
         daemon.root / "bin", socket=str(daemon.root / "podwire.sock"), state_dir=str(daemon.root / "state")
     )
     chain = Chain("podwire", (Plugin(binary, {"type": "podwire"}, ()),), 0)
-    with pods(1) as made:
-        quiet = netns.run(daemon.namespace, _attach, chain, made[0], min(seconds, 10.0))
+    with pods(BLOCK) as made:
+        quiet = netns.run(daemon.namespace, _attach, chain, made, min(seconds, 10.0))
         memory, cpu = daemon.memory, process_cpu(daemon.process.pid)
         daemon.api.churn(rate=rate, seconds=seconds)
-        loud = netns.run(daemon.namespace, _attach, chain, made[0], seconds)
+        loud = netns.run(daemon.namespace, _attach, chain, made, seconds)
         done = daemon.api.wait_for(lambda c: not c.churning, DEADLINE)
         share = (process_cpu(daemon.process.pid) - cpu) / seconds / 10
     with listening(daemon.namespace) as events:
@@ -192,9 +202,13 @@ def _storm(daemon: Running, rate: float, seconds: float) -> None:
     )
 
 
-def _attach(chain: Chain, pod: Pod, seconds: float) -> list[float]:
+def _attach(chain: Chain, made: Sequence[Pod], seconds: float) -> list[float]:
+    """Attach pods one after the other, take all away again, and so on; return how long each ADD took."""
     walls, end = [], time.monotonic() + seconds
     while time.monotonic() < end:
-        walls.append(timed(partial(chain.execute, "ADD", pod)))
-        chain.execute("DEL", pod)
+        for pod in made:
+            walls.append(timed(partial(chain.execute, "ADD", pod)))
+        for pod in made:
+            chain.execute("DEL", pod)
+        settle()
     return walls

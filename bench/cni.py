@@ -173,7 +173,7 @@ def _by_turns(
             walls[chain.name].append(timed(partial(chain.execute, command, places[chain.name][turn])))
             cpu[chain.name].append(children_cpu() - before)
     if command == "DEL":
-        _settle()
+        settle()
     spent = (process_cpu(node.daemon) - daemon) / len(walls[chains[0].name])
     return {
         chain.name: Measured(
@@ -183,7 +183,7 @@ def _by_turns(
     }
 
 
-def _settle(left: int = 0) -> None:
+def settle(left: int = 0) -> None:
     """Wait, in the node, until the daemon has removed the interfaces of deleted pods and `left` remain."""
     deadline = time.monotonic() + SETTLE_SECONDS
     with Rtnl() as rtnl:
@@ -229,7 +229,7 @@ def _parallel(
             walls[chain.name].append(timed(partial(_at_once, chain, command, block, workers)))
             if command == "DEL" and chain is chains[0]:
                 left -= len(block)
-                _settle(left)
+                settle(left)
             cpu[chain.name] += children_cpu() + process_cpu(node.daemon) - before
     return {name: Measured(walls[name], cpu[name] / len(places[name])) for name in walls}
 

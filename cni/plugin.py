@@ -178,9 +178,7 @@ class Plugin:
             self.ledger.commit(attachment.key, spec.result_json(result, spec.LATEST_VERSION).decode())
             undo.pop_all()
         self.step("committed")
-        log.info(
-            "ADD %s %s: %s", request.container_id, request.ifname, ", ".join(map(str, attachment.addresses))
-        )
+        _log("ADD", attachment.key, addresses=",".join(map(str, attachment.addresses)))
         return _after_previous(request, result)
 
     def _reserve(self, request: Request, options: Options, settings: NodeSettings) -> tuple[Attachment, bool]:
@@ -242,7 +240,7 @@ class Plugin:
         else:
             take_back(self.ledger, attachment, self.step)
         self.step("forgotten")
-        log.info("DEL %s %s", request.container_id, request.ifname)
+        _log("DEL", attachment.key)
         return Result()
 
     def _check(self, request: Request) -> Result:
@@ -282,7 +280,7 @@ class Plugin:
                     if self.ledger.get(attachment.key) != attachment:
                         continue  # somebody was at work on it when the list was made
                     self._undo(attachment.key)
-                log.info("GC %s %s", attachment.key.container_id, attachment.key.ifname)
+                _log("GC", attachment.key)
             except (OSError, LedgerError, LockTimeout) as error:
                 failures.append(str(error))
         try:
@@ -400,6 +398,12 @@ def _result(link: wiring.PodLink, routed: tuple[wiring.PodAddress, ...], request
         routes=tuple(spec.Route(a.default, a.gateway) for a in routed),
         dns=request.config.dns,
     )
+
+
+def _log(command: str, key: Key, **more: str) -> None:
+    """Log what was done, its facts apart from the words for a log in JSON (node.logs)."""
+    facts = {"container": key.container_id, "interface": key.ifname, **more}
+    log.info("%s", command, extra={"fields": facts})
 
 
 def _after_previous(request: Request, ours: Result) -> Result:

@@ -1,7 +1,7 @@
 """What route netlink answers with, as values; pyroute2 has the formats.
 
-Only reading needs pyroute2, whose import costs 150 ms: `Rtnl` imports this module at its first question, so
-that a CNI binary that has to work without the daemon, which only writes, does without.
+Only reading needs pyroute2: `Rtnl` imports this module at its first question, so that a CNI binary that has
+to work without the daemon, which only writes, does without.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.ndmsg import ndmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
-
 from netlink.family import Family
+from netlink.pyroute2_parts import ifaddrmsg, ifinfmsg, ndmsg, rtmsg
 from netlink.requests import IFF_UP, RT_TABLE_MAIN, RTNH_F_ONLINK, Route
 
 

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from node.keeper import Keeper
 from node.kube.api import Api
 from node.kube.claims import cluster_ranges
 from node.kube.upkeep import Upkeep, View
+from node.logs import fields
 from node.metrics import Metrics
 from node.notify import Notifier
 from node.pacing import Pacer
@@ -48,6 +50,10 @@ log = logging.getLogger("podwire")
 
 HEALTHY_LAG = 60.0
 """Seconds that a change may wait before the node is unhealthy (kube-proxy: twice its sync period)."""
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread that computes keeps the interpreter from the others. An ADD takes it dozens of times, and
+with Python's 5 ms would wait for a sync each time."""
 
 RETRY_SECONDS = (0.1, 5.0)
 """First and longest wait after a failed sync."""
@@ -89,6 +95,7 @@ class Daemon:
         self._synced = threading.Event()
         self._pending: Pending | None = None
         self._pacer = Pacer()
+        self._trimmed = False
         self._source = self._make_source()
         self._upkeep: Upkeep | None = None
         self._source_failed = False
@@ -99,12 +106,13 @@ class Daemon:
         """Run until SIGTERM or SIGINT; return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
+        sys.setswitchinterval(SWITCH_SECONDS)
         signal.signal(signal.SIGHUP, lambda *_: self._hangup.set())
         config = self._config
         with ExitStack() as stack:
             ledger = stack.enter_context(ledger_of(config.state_dir, background_checkpoints=True))
             if ledger.reclaimed:
-                log.info("%d attachments of an earlier boot were freed", ledger.reclaimed)
+                log.info("attachments of an earlier boot were freed", extra=fields(number=ledger.reclaimed))
             liberal = underlay.be_liberal() if config.tcp_be_liberal else []
             for problem in (*underlay.forward_packets(), *liberal):
                 log.warning("%s", problem)
@@ -193,6 +201,7 @@ class Daemon:
                     pending = _with_nodes(pending) or syncer.compare()
                 if pending is None:
                     syncer.rest()
+                    self._trim()
                     continue
                 self._sync(syncer, pending)
             except (OSError, LedgerError, RulesError) as error:
@@ -205,6 +214,17 @@ class Daemon:
             else:
                 self._pending, wait = None, RETRY_SECONDS[0]
                 self._sync_problem = ""
+
+    def _trim(self) -> None:
+        """Once, when nothing goes on: give back what the first load needed and does not leave behind."""
+        if self._trimmed or not self._synced.is_set():
+            return
+        self._trimmed = True
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        with contextlib.suppress(AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _tell(self, syncer: Syncer) -> None:
         """Tell the service manager how it goes; a cluster that does not answer is no reason to start anew."""
@@ -253,7 +273,9 @@ class Daemon:
         try:
             full = syncer.sync(pending)
         finally:
-            gc.enable()
+            if first:
+                gc.freeze()  # what is here now stays: no collection needs to walk it again
+                gc.enable()
         seconds = time.monotonic() - start
         self._metrics.synced(pending, seconds, full=full)
         if not full:
@@ -263,12 +285,8 @@ class Daemon:
             self._upkeep.wake()
         if first:
             self._synced.set()
-            # What is here now stays: no collection needs to walk it again.
-            gc.collect()
-            gc.freeze()
-            with contextlib.suppress(AttributeError):  # a C library without it
-                ctypes.CDLL(None).malloc_trim(0)  # the load needed more than what it leaves
-            log.info("ready: %d services, %d elements", syncer.status.services, syncer.elements)
+            counts = fields(services=syncer.status.services, elements=syncer.elements)
+            log.info("ready", extra=counts)
         if syncer.status.ready and self._config.cni_conf_dir and not self._announced:
             # The runtime believes in a network from here on.
             log.info("wrote %s", install.install_conflist(self._config.cni_conf_dir))

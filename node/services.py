@@ -12,6 +12,7 @@ from netlink.errors import NetlinkError
 from netlink.family import Family
 from netlink.nftables.batch import BatchError, Nft
 from node.healthchecks import HealthCheck, checks
+from node.logs import fields
 from proxy.frontends import Frontend, behind, frontends, owner_of, title_of
 from proxy.model import EMPTY, ObjectName, Protocol, Snapshot
 from proxy.nftables.dataplane import Dataplane, NodeRanges
@@ -154,14 +155,16 @@ class ServiceProxy:
             adopted = dataplane.load((f for f in self.table if f.key.family is family), self._ranges)
             self._unsettled |= {key[:4] for key in dataplane.gone}
             how = "adopted what the kernel had" if adopted else "made a new table"
-            log.info("%s service proxy: %s, %d elements", family.keyword, how, dataplane.elements)
+            log.info(
+                "service proxy: %s", how, extra=fields(family=family.keyword, elements=dataplane.elements)
+            )
 
     def _change(self, changes: list[Change], ranges: NodeRanges | None) -> None:
         for family, dataplane in self._dataplanes.items():
             own = [c for c in changes if c.key.family is family]
             if own or ranges:
                 moved = dataplane.apply(own, ranges)
-                log.debug("%s service proxy: %d elements changed", family.keyword, moved)
+                log.debug("service proxy changed", extra=fields(family=family.keyword, elements=moved))
 
     def _leave_out(self, error: BatchError) -> None:
         """Load without the service that the kernel refused, and so on."""
@@ -207,7 +210,7 @@ class ServiceProxy:
             return
         self._unsettled.clear()
         if gone:
-            log.info("%d connections to endpoints that are gone were forgotten", gone)
+            log.info("connections to endpoints that are gone were forgotten", extra=fields(number=gone))
 
     def _serving(self, title: str, family: Family) -> frozenset[Backend]:
         """Return the endpoints of a service port that serve, be they ready or on their way out."""

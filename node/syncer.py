@@ -22,8 +22,10 @@ from ipam.ranges import address_of
 from netlink.family import Family
 from netlink.rtnl import Rtnl
 from node import masquerade, underlay
+from node.changes import told
 from node.healthchecks import HealthCheck
 from node.kube import own_node
+from node.logs import fields
 from node.routes import NodeRoute, plan
 from node.services import ServiceProxy
 from node.store import Pending
@@ -144,6 +146,13 @@ class Syncer:
         Raises NetlinkError when the kernel refuses; the next sync then compares everything again.
         """
         snapshot = pending.snapshot
+        if self._loaded:
+            endpoints = log.isEnabledFor(logging.DEBUG)
+            for line in told(
+                self._snapshot, snapshot, pending.services, nodes=pending.nodes, endpoints=endpoints
+            ):
+                level = logging.INFO if line.important else logging.DEBUG
+                log.log(level, line.text, extra=fields(**line.fields))
         self._snapshot = snapshot
         changes = self._proxy.take(snapshot, pending.services, self.place)
         # Until all of it is done, the kernel may lack what was decided.
@@ -251,7 +260,7 @@ class Syncer:
         changed, refused = underlay.sync_routes(self._rtnl, (r.route for r in routes))
         self._incomplete = bool(problems or refused)
         if changed:
-            log.info("routes: %d changed, %d in all", changed, len(routes))
+            log.info("routes changed", extra=fields(changed=changed, total=len(routes)))
         node = self._nodes.get(me)
         cidrs = tuple(IPNetwork(c) for c in node.pod_cidrs) if node else ()
         found = [*missing, *problems, *refused]
