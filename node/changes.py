@@ -22,7 +22,7 @@ class Line(NamedTuple):
 def told(
     before: Snapshot, after: Snapshot, services: Iterable[ObjectName], *, nodes: bool, endpoints: bool
 ) -> list[Line]:
-    """Return what to log of a change: of the services that are named, and of `nodes` and `endpoints` if so."""
+    """Return what to log of a change: of the services named, and of `nodes` and `endpoints` if asked for."""
     found = [
         *(line for name in sorted(services) for line in _service(before, after, name, endpoints)),
         *(_nodes(before.nodes, after.nodes) if nodes else ()),

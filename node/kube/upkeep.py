@@ -23,7 +23,7 @@ from proxy.model import Node, Snapshot
 
 log = logging.getLogger("podwire.upkeep")
 
-ROUND_SECONDS = 30.0
+ROUND_SECONDS = 10.0
 PAUSE_SECONDS = 0.2
 """Between rounds, however often something changes."""
 CHECK_SECONDS = 300.0
@@ -138,7 +138,8 @@ class Upkeep:
         self._settled, self._settled_at = state, time.monotonic()
 
     def _tell(self, snapshot: Snapshot) -> None:
-        nodes = [name for name, node in snapshot.nodes.items() if not node.deleting]
+        # One of those that podwire keeps up, which is seen by its annotation, tells of a Service.
+        nodes = [n for n, node in snapshot.nodes.items() if node.tunnel_mac and not node.deleting]
         self._events.tell(self._view.problems(), nodes)
 
 

@@ -18,7 +18,7 @@ from tests.cni.endurance import Pod, Site
 from tests.kubeapi import running
 from tests.kubeapi.running import KubeApi
 from tests.node.kernel import listening
-from tests.node.world import NODES, PEER, SERVERS, World, build, ended, podwire, service, wait_until
+from tests.node.world import NODE, NODES, PEER, SERVERS, World, build, ended, podwire, service, wait_until
 from tests.proxy.world import answering
 
 PORT = 6443
@@ -248,3 +248,76 @@ def test_a_clock_that_jumps_there_and_back_changes_nothing(world: World, api: Ku
         wait_until(lambda server=SERVERS[(number + 1) % 2]: world.connect() == server, f"a change at {jump}")  # type: ignore[misc]
         assert world.get(10256, "/healthz")[0] == 200
     assert problems(world) == []
+
+
+def test_nodes_without_a_controller_agree_on_their_ranges_and_say_where_they_are(
+    world: World, namespaces: Callable[[], str]
+) -> None:
+    with running.start(world.peer, listen=f"{PEER}:{PORT}") as api:
+        world.options = ("--kubeconfig", str(api.kubeconfig(world.root / "kubeconfig")))
+        world.options += ("--cluster-cidr", "10.244.0.0/16")
+        for name, address in (("node1", NODE), ("node2", PEER)):
+            unavailable = {"type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated"}
+            status = {
+                "addresses": [{"type": "InternalIP", "address": address}],
+                "conditions": [unavailable, {"type": "Ready", "status": "True"}],
+            }
+            api.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "status": status})
+        world.start()
+        wait_until(lambda: bool(world.json("status")["pod_cidrs"]), "a range")
+        node = api.get("nodes", "node1")
+        assert node["spec"]["podCIDRs"] == world.json("status")["pod_cidrs"]
+        (lease,) = api.list("leases")["items"]
+        assert lease["spec"]["holderIdentity"] == "node1"
+        wait_until(lambda: "podwire.io/tunnel-mac" in annotations(api), "annotations")
+        assert annotations(api)["podwire.io/tunnel-address"] == NODE
+        site = Site(world, namespaces)
+        site.install()
+        pod = Pod("web", site.make_namespace())
+        assert netns.run(world.node, site.execute, "ADD", pod).code == 0
+        wait_until(lambda: condition(api)["reason"] == "PodwireIsUp", "the condition")
+        assert condition(api)["status"] == "False"
+        assert len(api.get("nodes", "node1")["status"]["conditions"]) == 2, "the other one is kubelet's"
+
+
+def annotations(api: KubeApi) -> dict[str, str]:
+    found: dict[str, str] = api.get("nodes", "node1")["metadata"].get("annotations", {})
+    return found
+
+
+def condition(api: KubeApi) -> dict[str, str]:
+    conditions: list[dict[str, str]] = api.get("nodes", "node1")["status"]["conditions"]
+    return next(c for c in conditions if c["type"] == "NetworkUnavailable")
+
+
+def test_a_node_that_was_made_again_with_another_range_says_what_to_do(
+    world: World, api: KubeApi, namespaces: Callable[[], str]
+) -> None:
+    world.start()
+    site = Site(world, namespaces)
+    site.install()
+    pod = Pod("web", site.make_namespace())
+    assert netns.run(world.node, site.execute, "ADD", pod).code == 0
+    api.delete("nodes", "node1")
+    create(api, NODES.split("---")[0].replace("10.244.1.0/24", "10.244.9.0/24"))
+    wait_until(lambda: world.json("status")["pod_cidrs"] == ["10.244.9.0/24"], "the new range")
+    (problem,) = (p for p in problems(world) if "10.244.1.0/24" in p)
+    assert "1 pod" in problem
+    assert "drain" in problem
+    assert netns.run(world.node, site.execute, "DEL", pod).code == 0
+    other = Pod("web2", site.make_namespace())
+    answer = netns.run(world.node, site.execute, "ADD", other)
+    assert answer.addresses[0].startswith("10.244.9.")
+
+
+def test_what_a_user_must_mend_is_an_event(world: World, api: KubeApi) -> None:
+    create(api, service("twin", "10.96.0.9").replace("clusterIP:", "externalIPs: [10.96.0.1], clusterIP:"))
+    world.start()
+    wait_until(lambda: any("10.96.0.1" in p for p in problems(world)), "a conflict")
+    deadline = 30.0  # what may pass by itself is not told at once
+    api.wait_for(lambda c: any("events" in path for path in c.paths), deadline)
+    (event,) = api.list("events")["items"]
+    assert event["involvedObject"]["kind"] == "Service"
+    assert event["involvedObject"]["name"] in ("twin", "web")
+    assert event["type"] == "Warning"
+    assert "10.96.0.1" in event["message"]
