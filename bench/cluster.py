@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,13 +182,14 @@ def _storm(daemon: Running, rate: float, seconds: float) -> None:
     chain = Chain("podwire", (Plugin(binary, {"type": "podwire"}, ()),), 0)
     with pods(BLOCK) as made:
         quiet = netns.run(daemon.namespace, _attach, chain, made, min(seconds, 10.0))
-        memory, cpu = daemon.memory, process_cpu(daemon.process.pid)
+        memory, cpu, syncs = daemon.memory, process_cpu(daemon.process.pid), _syncs(daemon)
         daemon.api.churn(rate=rate, seconds=seconds)
         loud = netns.run(daemon.namespace, _attach, chain, made, seconds)
         done = daemon.api.wait_for(lambda c: not c.churning, DEADLINE)
         share = (process_cpu(daemon.process.pid) - cpu) / seconds / 10
+        syncs = _syncs(daemon) - syncs
     with listening(daemon.namespace) as events:
-        ended = time.monotonic()
+        storm_end = ended = time.monotonic()
         while found := events.take(1.5):
             ended = found[-1].at
     rows = [
@@ -196,10 +198,22 @@ def _storm(daemon: Running, rate: float, seconds: float) -> None:
     ]
     show("CNI ADD meanwhile, ms", ("when", "pods", "p50", "p99", "target"), rows)
     print(
-        f"\n{done.churned} changes in {seconds:.0f} s; the daemon used {share:.0f} % of a core; memory "
-        f"{memory:.1f} MB before, {daemon.memory:.1f} after; the last change was in the kernel "
-        f"{max(0.0, ended - time.monotonic() + 1.5):.2f} s after the storm"
+        f"\n{done.churned} changes in {seconds:.0f} s came to the kernel in {syncs:.0f} syncs; the daemon "
+        f"used {share:.0f} % of a core; memory {memory:.1f} MB before, {daemon.memory:.1f} after; the last "
+        f"change was in the kernel {max(0.0, ended - storm_end):.2f} s after the storm"
     )
+
+
+def _syncs(daemon: Running) -> float:
+    """Return how many syncs of changes there were."""
+
+    def ask() -> str:
+        with urllib.request.urlopen("http://127.0.0.1:10249/metrics") as page:
+            return str(page.read().decode())
+
+    lines = netns.run(daemon.namespace, ask).splitlines()
+    name = "kubeproxy_sync_partial_proxy_rules_duration_seconds_count"
+    return next(float(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def _attach(chain: Chain, made: Sequence[Pod], seconds: float) -> list[float]:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 SHORTEST, IDLE, LONGEST = 0.002, 0.005, 0.9
 """Seconds: at least, at most when nothing went on before, and at most ever."""
 IDLE_AFTER = 0.5
-TIMES = 3.0
-"""Syncs may take one part in so many of the time while changes keep coming."""
+TIMES = 1.0
+"""Of what a sync costs: with 1, syncs take half of the time at most, however many changes come. More saves
+little, as most of the cost is of each change, and makes syncs so long that an ADD waits for one."""
 WEIGHT = 0.3
 """Of the last sync in the running average of what one costs."""
 
