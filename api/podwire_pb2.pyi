@@ -203,7 +203,7 @@ class HealthRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class HealthReply(_message.Message):
-    __slots__ = ("version", "node", "mode", "dataplane", "pod_cidrs", "ready", "last_sync", "services", "frontends", "elements", "problems")
+    __slots__ = ("version", "node", "mode", "dataplane", "pod_cidrs", "ready", "last_sync", "services", "frontends", "elements", "problems", "source")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class HealthReply(_message.Message):
     FRONTENDS_FIELD_NUMBER: _ClassVar[int]
     ELEMENTS_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
     version: str
     node: str
     mode: str
@@ -226,4 +227,5 @@ class HealthReply(_message.Message):
     frontends: int
     elements: int
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., mode: _Optional[str] = ..., dataplane: _Optional[str] = ..., pod_cidrs: _Optional[_Iterable[str]] = ..., ready: _Optional[bool] = ..., last_sync: _Optional[float] = ..., services: _Optional[int] = ..., frontends: _Optional[int] = ..., elements: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    source: str
+    def __init__(self, version: _Optional[str] = ..., node: _Optional[str] = ..., mode: _Optional[str] = ..., dataplane: _Optional[str] = ..., pod_cidrs: _Optional[_Iterable[str]] = ..., ready: _Optional[bool] = ..., last_sync: _Optional[float] = ..., services: _Optional[int] = ..., frontends: _Optional[int] = ..., elements: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., source: _Optional[str] = ...) -> None: ...

@@ -39,6 +39,7 @@ def status(args: argparse.Namespace) -> int:
         return 0 if health.ready else 1
     age = f"{time.time() - health.last_sync:.0f} s ago" if health.last_sync else "never"
     print(f"node {health.node}: {'ready' if health.ready else 'NOT READY'} (podwire {health.version})")
+    print(f"  source     {health.source}")
     print(f"  pods       mode {health.mode}, podCIDRs {', '.join(health.pod_cidrs) or 'none yet'}")
     print(f"  services   {health.services} with {health.frontends} frontends, {health.elements} map elements")
     print(f"  dataplane  {health.dataplane}, last synced {age}")

@@ -39,7 +39,7 @@ from node.logs import fields
 from node.metrics import Metrics
 from node.notify import Notifier
 from node.pacing import Pacer
-from node.server import CniService, InspectService, serving
+from node.server import CniService, InspectService, Report, serving
 from node.sources.kubernetes import Cluster, KubernetesConfig
 from node.sources.manifests import Manifests
 from node.store import Pending, Store
@@ -122,7 +122,8 @@ class Daemon:
             rules = stack.enter_context(rules_for(ledger))
             self._health = stack.enter_context(HealthChecks(self._ready))
             self._upkeep = self._make_upkeep(syncer)
-            inspect = InspectService(config.sync, ledger, syncer, self._ready, lambda: self._problems(syncer))
+            report = Report(self._ready, lambda: self._problems(syncer), lambda: self._source.described)
+            inspect = InspectService(config.sync, ledger, syncer, report)
             keeper = Keeper(
                 rules,
                 intact=syncer.intact,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 
@@ -27,6 +28,14 @@ MESSAGE_BYTES = 64 << 20
 GRACE_SECONDS = 5.0
 NAME = re.compile(r"[a-z0-9.-]+/[a-z0-9-]+")
 """Objects named in a sentence."""
+
+
+class Report(NamedTuple):
+    """What the daemon says of itself: whether it works, what is wrong, and where objects come from."""
+
+    ready: Callable[[], bool]
+    problems: Callable[[], tuple[str, ...]]
+    source: Callable[[], str]
 
 
 class CniService(rpc.CniServicer):
@@ -77,14 +86,12 @@ class InspectService(rpc.InspectServicer):
         config: SyncConfig,
         ledger: Ledger,
         syncer: Syncer,
-        ready: Callable[[], bool],
-        problems: Callable[[], tuple[str, ...]],
+        report: Report,
     ) -> None:
         self._config = config
         self._ledger = ledger
         self._syncer = syncer
-        self._ready = ready
-        self._problems = problems
+        self._ready, self._problems, self._source = report
 
     def Pods(self, request: pb.PodsRequest, context: object) -> pb.PodsReply:
         """List the attachments in the ledger."""
@@ -151,6 +158,7 @@ class InspectService(rpc.InspectServicer):
             frontends=len(self._syncer.frontends),
             elements=self._syncer.elements,
             problems=self._problems(),
+            source=self._source(),
         )
 
 

@@ -96,6 +96,15 @@ class Api:
         self._host = ""
         self._pool: Any = None
 
+    @property
+    def server(self) -> str:
+        """The server's URL; before the first request where it will be found."""
+        return (
+            self._host
+            or self._credentials.server
+            or str(self._credentials.kubeconfig or "of this pod's cluster")
+        )
+
     def get(self, path: str, query: Mapping[str, str] | None = None) -> bytes:
         """Return what is at a path. Raises ApiError."""
         return self._request("GET", path, query)

@@ -84,6 +84,14 @@ class Cluster:
         return self._complete.is_set()
 
     @property
+    def described(self) -> str:
+        """Where objects come from, and since when nothing was heard from there."""
+        heard = min((r.state.heard for r in self._reflectors), default=0.0)
+        age = f"heard {time.monotonic() - heard:.0f} s ago" if heard else "not heard yet"
+        counts = "" if self._complete.is_set() else "; what counts was saved" if self._restored else ""
+        return f"API server {self.api.server}, {age}{counts}"
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong, in sentences."""
         found = [self._restored] if self._restored else []

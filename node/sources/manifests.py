@@ -150,6 +150,7 @@ class Manifests:
 
     def __init__(self, folder: Path, store: Store) -> None:
         self._folder, self._store = ManifestFolder(folder), store
+        self.described = f"folder {folder}"
         self.problems: tuple[str, ...] = ()
 
     def run(self, stopped: Callable[[float], bool]) -> None:

@@ -70,11 +70,12 @@ class Delivery(NamedTuple):
 
 @dataclass(slots=True)
 class State:
-    """How following goes; read by other threads. Times are monotonic seconds."""
+    """How following goes; read by other threads. Times are monotonic seconds, 0 is never."""
 
     error: str = ""
     failing_since: float | None = None
     version: str | None = None
+    heard: float = 0.0
     lists: int = 0
     watches: int = 0
     wrong: dict[Identity, tuple[str, ...]] = field(default_factory=dict)
@@ -151,6 +152,7 @@ class Reflector:
         if self.state.failing_since is not None and self._failures > 1:
             log.info("%s: the API server answers again", self._resource.path)
         self.state.failing_since, self.state.error = None, ""
+        self.state.heard = time.monotonic()
 
     def _list(self) -> None:
         """Read all pages, deliver what they have, and remember where to watch from."""

@@ -79,6 +79,7 @@ def test_what_the_api_says_is_in_the_kernel_and_changes_soon(world: World, api: 
     api.delete("services", "web", namespace="shop")
     wait_until(lambda: world.json("services") == [], "no service")
     assert problems(world) == []
+    assert f"API server https://{PEER}:{PORT}, heard" in world.ask("status")
 
 
 def test_no_rule_flaps_and_no_memory_is_lost_whatever_the_server_does(world: World, api: KubeApi) -> None:

@@ -170,9 +170,10 @@ def test_a_node_that_is_being_deleted_is_not_eligible_but_alive(world: World) ->
 def test_status(world: World) -> None:
     lines = world.ask("status").splitlines()
     assert lines[0].startswith("node node1: ready (podwire ")
-    assert lines[1] == "  pods       mode routed, podCIDRs 10.244.1.0/24"
-    assert lines[2].startswith("  services   1 with 1 frontends, ")
-    assert lines[3].startswith("  dataplane  nftables, last synced ")
+    assert lines[1] == f"  source     folder {world.manifests}"
+    assert lines[2] == "  pods       mode routed, podCIDRs 10.244.1.0/24"
+    assert lines[3].startswith("  services   1 with 1 frontends, ")
+    assert lines[4].startswith("  dataplane  nftables, last synced ")
     found = world.json("status")
     assert (found["ready"], found["node"], found["pod_cidrs"]) == (True, "node1", ["10.244.1.0/24"])
 
