@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE ?=
 
-.PHONY: setup setup-tests demo test check bench lab docs proto lock clean
+.PHONY: setup setup-tests demo test check bench lab image docs proto lock clean
 
 setup:            ## Debian packages, virtual environment, pinned dependencies
 	@scripts/setup
@@ -24,6 +24,9 @@ bench: setup-tests ## figures side by side: service programming, pod attachment
 
 lab: setup        ## a lab of three nodes that stays up
 	@.venv/bin/podwire lab up
+
+image:            ## the container image; IMAGE_ARGS go to podman build
+	podman build --tag localhost/podwire:0.1.0 $(IMAGE_ARGS) --file deploy/image/Containerfile .
 
 docs: setup       ## regenerate the generated pages of docs/
 	@$(PY) scripts/docs

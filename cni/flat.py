@@ -13,6 +13,7 @@ from pathlib import Path
 
 from netaddr import IPAddress
 
+from cni import sysctls
 from cni.settings import Mode, NodeSettings
 from ipam.ledger import Attachment, State
 from netlink.announce import announce
@@ -60,7 +61,7 @@ def sync(settings: NodeSettings, attachments: Iterable[Attachment]) -> int:
         return 0
     index = _index(settings.uplink)
     with contextlib.suppress(OSError):  # a kernel without IPv6 has no such file
-        Path(f"/proc/sys/net/ipv6/conf/{settings.uplink}/proxy_ndp").write_text("1")
+        sysctls.put(Path(f"/proc/sys/net/ipv6/conf/{settings.uplink}/proxy_ndp"), "1")
     wanted = {str(a) for entry in attachments if entry.state is not State.RELEASED for a in entry.addresses}
     with Rtnl() as rtnl:
         present = {address for where, address in rtnl.proxies() if where == index}

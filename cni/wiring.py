@@ -20,7 +20,7 @@ from pathlib import Path
 
 from netaddr import IPAddress, IPNetwork
 
-from cni import bandwidth
+from cni import bandwidth, sysctls
 from cni.options import Bandwidth
 from cni.settings import Mode, NodeSettings
 from ipam.ranges import gateway
@@ -307,7 +307,7 @@ def ensure_bridge(cidrs: tuple[IPNetwork, ...]) -> list[str]:
         rtnl.commit(*(address_add(index, a) for a in wanted if a not in present))
     try:
         for file in BRIDGE_FILTERS:
-            file.write_text("1")
+            sysctls.put(file, "1")
     except OSError:
         return [
             "mode bridge needs the kernel's br_netfilter, which is not there: "

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from netaddr import IPNetwork
 
-from cni import install
+from cni import install, sysctls
 from cni.plugin import Plugin, ledger_of, rules_for
 from cni.reaper import Reaper
 from cni.rules import RulesError
@@ -113,6 +113,7 @@ class Daemon:
             ledger = stack.enter_context(ledger_of(config.state_dir, background_checkpoints=True))
             if ledger.reclaimed:
                 log.info("attachments of an earlier boot were freed", extra=fields(number=ledger.reclaimed))
+            sysctls.keep_in(config.state_dir)  # what they were, for `podwire cleanup`
             liberal = underlay.be_liberal() if config.tcp_be_liberal else []
             for problem in (*underlay.forward_packets(), *liberal):
                 log.warning("%s", problem)

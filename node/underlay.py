@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+from cni import sysctls
 from netlink.errors import NetlinkError
 from netlink.requests import ROUTE_PROTOCOL, Route, route_delete, route_replace
 from netlink.rtnl import Rtnl
@@ -42,10 +43,17 @@ def forward_packets() -> list[str]:
         try:
             if path == FORWARDING_V6:
                 _keep_advertised_routes()
-            path.write_text("1")
+            sysctls.put(path, "1", _beside(path))
         except OSError as error:
             problems.append(f"{path} cannot be set to 1: {error.strerror}; pods will not reach other nodes")
     return problems
+
+
+def _beside(path: Path) -> tuple[Path, ...]:
+    """Return what the kernel sets along with a switch for forwarding (devinet.c, addrconf.c)."""
+    conf = CONF_V6 if path == FORWARDING_V6 else path.parent / "conf"
+    interfaces = (file for file in sorted(conf.glob("*/forwarding")) if file.parent.name != "all")
+    return (*interfaces, *(conf.glob("all/accept_redirects") if path != FORWARDING_V6 else ()))
 
 
 def be_liberal() -> list[str]:
@@ -55,7 +63,7 @@ def be_liberal() -> list[str]:
     the endpoint's own address, and resets the connection (kubernetes#74839).
     """
     try:
-        TCP_BE_LIBERAL.write_text("1")
+        sysctls.put(TCP_BE_LIBERAL, "1")
     except OSError as error:
         return [f"{TCP_BE_LIBERAL} cannot be set to 1: {error.strerror}"]
     return []
@@ -72,7 +80,7 @@ def _keep_advertised_routes() -> None:
     for name in names:
         path = CONF_V6 / name / "accept_ra"
         if not OWN_INTERFACE.fullmatch(name) and path.read_text().strip() == ACCEPT:
-            path.write_text(ACCEPT_WHILE_FORWARDING)
+            sysctls.put(path, ACCEPT_WHILE_FORWARDING)
             log.info("%s set to 2: router advertisements count there while this node forwards", path)
 
 

@@ -1,14 +1,16 @@
-"""`podwire cleanup --kube-proxy`: takes away what doctor reports, and says what it did or could not do."""
+"""`podwire cleanup`: takes away what doctor reports, or podwire, and says what it did or could not do."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cni import install
 from netlink import netns
 from netlink.family import Family
 from node.leftovers import Leftover, Removal
@@ -113,3 +115,65 @@ def test_what_to_clean_up_must_be_said() -> None:
 def test_without_root_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert podwire("cleanup", "--kube-proxy") == (1, "", "podwire: cleanup needs root\n")
+
+
+def test_what_belongs_to_podwire_alone_needs_it() -> None:
+    for option in ("--all", "--state", "--with-pods", "--stop-forwarding", "--yes"):
+        status, out, err = podwire("cleanup", "--kube-proxy", option)
+        assert (status, out) == (2, "")
+        assert err.endswith(f"{option} needs --podwire\n")
+
+
+def test_one_thing_at_a_time() -> None:
+    status, _, err = podwire("cleanup", "--kube-proxy", "--podwire")
+    assert (status, "not allowed with" in err) == (2, True)
+
+
+def places(root: Path) -> list[str]:
+    names = ("state-dir", "bin-dir", "conf-dir")
+    return [f"--socket={root / 'sock'}", *(f"--{name}={root / name}" for name in names)]
+
+
+def test_podwire_as_json(node: str, tmp_path: Path) -> None:
+    netns.run(node, lambda: subprocess.run(["nft", "add table ip podwire"], check=True))
+    words = ("cleanup", "--podwire", *places(tmp_path), "-o", "json")
+    status, out, err = netns.run(node, podwire, *words)
+    assert (status, out) == (1, "")
+    assert "use --yes, or --dry-run" in err
+    for option, dry in (("--dry-run", True), ("--yes", False)):
+        status, out, _ = netns.run(node, podwire, *words, option)
+        assert status == 0
+        what = "table ip podwire of nftables with 0 chains"
+        assert json.loads(out) == {
+            "dry_run": dry,
+            "removed": [{"kind": "nftables", "what": what, "names": []}],
+            "failures": [],
+            "notes": ["connections of table ip podwire stay: it is of another version of podwire"],
+        }
+    assert "KUBE-SERVICES" in netns.run(node, saved, Variant.LEGACY, Family.V4)
+
+
+def test_a_node_without_podwire_has_nothing_to_be_asked_about(node: str, tmp_path: Path) -> None:
+    found = netns.run(node, podwire, "cleanup", "--podwire", "--all", *places(tmp_path))
+    assert found == (0, "nothing of podwire's was found\n", "")
+
+
+def test_without_all_the_plugin_stays_and_that_is_told(node: str, tmp_path: Path) -> None:
+    conflist = install.install_conflist(tmp_path / "conf-dir")
+    note = "note: the plugin and its conflist stay, and the runtime goes on making pods with them: --all\n"
+    _, out, _ = netns.run(node, podwire, "cleanup", "--podwire", "--yes", *places(tmp_path))
+    assert out == f"nothing of podwire's was found\n{note}"
+    _, out, _ = netns.run(node, podwire, "cleanup", "--podwire", "--all", "--yes", *places(tmp_path))
+    assert out == f"removed plugin {conflist}\n"
+    assert not conflist.exists()
+
+
+def test_a_host_root_that_is_no_folder_is_a_sentence(tmp_path: Path) -> None:
+    root = tmp_path / "none"
+    _, _, err = podwire("cleanup", "--podwire", "--host-root", str(root))
+    assert err == f"podwire: --host-root {root} is not a folder\n"
+
+
+def test_podwire_without_root_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert podwire("cleanup", "--podwire", "--yes") == (1, "", "podwire: cleanup needs root\n")

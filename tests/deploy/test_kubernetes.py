@@ -177,7 +177,9 @@ def test_on_k3s_only_the_node_s_directories_differ() -> None:
     assert others["initContainers"] == k3s["initContainers"]
     args = pod("overlays/k3s-uninstall")["initContainers"][0]["args"]
     assert args == ["/host", f"--bin-dir={K3S['cni-bin']}", f"--conf-dir={K3S['cni-conf']}"]
-    assert parser().parse_args(["install", "--remove", "--host-root", *args]).remove
+    words = ["cleanup", "--podwire", "--all", "--yes", "--host-root", *args]
+    given = parser().parse_args(words)
+    assert (str(given.bin_dir), str(given.conf_dir)) == (K3S["cni-bin"], K3S["cni-conf"])
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
