@@ -34,7 +34,7 @@ IFLA_NUM_TX_QUEUES, IFLA_NUM_RX_QUEUES = 31, 32
 IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 VETH_INFO_PEER, IFLA_BRPORT_MODE = 1, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
-RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
 NDA_DST, NDA_LLADDR = 1, 2
 
 _LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
@@ -44,6 +44,10 @@ _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, index, state, f
 
 ROUTE_PROTOCOL = 112
 """The number our routes carry (`ip route show proto 112`), so that a diff never sees anybody else's."""
+
+LAST = 4096
+"""The metric of unreachable routes: whatever else leads to that range comes first, be it the route of another
+program's bridge that was made later. The kernel puts a route behind others of the same metric."""
 
 
 def _number(kind: int, value: int) -> bytes:
@@ -262,6 +266,8 @@ def _route(route: Route) -> bytes:
         body += attribute(RTA_GATEWAY, ip_address(route.gateway).packed)
     if route.oif is not None:
         body += _number(RTA_OIF, route.oif)
+    if route.unreachable:
+        body += _number(RTA_PRIORITY, LAST)
     return body
 
 

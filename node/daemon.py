@@ -36,10 +36,11 @@ from node.kube.api import Api
 from node.kube.claims import cluster_ranges
 from node.kube.upkeep import Upkeep, View
 from node.logs import fields
-from node.metrics import Metrics
+from node.metrics import Followed, Metrics, Questions
 from node.notify import Notifier
 from node.pacing import Pacer
 from node.server import CniService, InspectService, Report, serving
+from node.sources import saved
 from node.sources.kubernetes import Cluster, KubernetesConfig
 from node.sources.manifests import Manifests
 from node.store import Pending, Store
@@ -134,6 +135,9 @@ class Daemon:
             )
             plugin = Plugin(ledger, config.state_dir, reaper.submit, reaper.settle, rules)
             pages = self._pages(syncer, ledger)
+            self._metrics.ask(
+                Questions(self._followed, self._saved, lambda: self._problems(syncer), self._pacer.gather)
+            )
             health = {path: pages[path] for path in ("/healthz", "/livez")}  # all that strangers may see
             stack.enter_context(web.serving(config.metrics_address, pages))
             stack.enter_context(web.serving(config.healthz_address, health))
@@ -174,6 +178,16 @@ class Daemon:
         flat = self._config.sync.mode is Mode.FLAT  # its pods have addresses of the outside
         ranges = () if flat else cluster_ranges(kubernetes.cluster_cidrs, kubernetes.mask_sizes)
         return Upkeep(source.api, self._config.sync.node, view, ranges, kubernetes.namespace)
+
+    def _followed(self) -> dict[str, Followed]:
+        return self._source.followed if isinstance(self._source, Cluster) else {}
+
+    def _saved(self) -> float | None:
+        """Return when the cluster's state was saved (seconds since the epoch)."""
+        try:
+            return (self._config.state_dir / saved.FILE).stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def _follow(self) -> None:
         """Deliver the source's objects to the store; the daemon ends with it."""

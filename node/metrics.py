@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,6 +20,8 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from node.store import Pending, Store
 from proxy.frontends import Action, Frontend, Origin
@@ -32,22 +36,109 @@ PROGRAMMING_BUCKETS = (
 )
 
 
+class Described(NamedTuple):
+    """A figure as the documentation has it; `name` is what Prometheus is asked for."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    meaning: str
+
+
+class Followed(NamedTuple):
+    """How one kind of object is followed: how often it was listed, watched, and that failed so far.
+
+    `failing` is for how many seconds nothing but failures came (0: it works), `silence` how long ago the
+    server was heard last (None: never).
+    """
+
+    lists: int
+    watches: int
+    failures: int
+    failing: float
+    silence: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What is asked whenever somebody wants the figures.
+
+    `followed` has an entry for each kind, and none where a folder is the source. `saved` is when the last
+    known state was written (seconds since the epoch; None: never). `gather` is for how long changes are
+    gathered (seconds).
+    """
+
+    followed: Callable[[], Mapping[str, Followed]]
+    saved: Callable[[], float | None]
+    problems: Callable[[], Collection[str]]
+    gather: Callable[[], float]
+
+
+class Asked(Collector):
+    """Figures that others know, asked for at each scrape."""
+
+    KINDS = (
+        (CounterMetricFamily, "podwire_api_lists", "Lists of a kind that were completed"),
+        (CounterMetricFamily, "podwire_api_watches", "Watches of a kind that were begun"),
+        (CounterMetricFamily, "podwire_api_failures", "Lists and watches of a kind that failed"),
+        (
+            GaugeMetricFamily,
+            "podwire_api_failing_seconds",
+            "For how long following a kind has failed; 0: it works",
+        ),
+        (
+            GaugeMetricFamily,
+            "podwire_api_silence_seconds",
+            "Time since the API server was heard of a kind; it sends something once a minute",
+        ),
+    )
+    """One for each field of `Followed`, in its order."""
+    SAVED = "podwire_saved_state_timestamp_seconds", "When the last known state of the cluster was saved"
+    PROBLEMS = "podwire_problems", "Sentences in the status on what is wrong"
+    GATHER = "podwire_gather_seconds", "For how long changes are gathered before they go to the kernel"
+
+    def __init__(self, questions: Questions) -> None:
+        self._questions = questions
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask."""
+        followed = self._questions.followed()
+        for at, (family, name, meaning) in enumerate(self.KINDS):
+            found = family(name, meaning, labels=("kind",))
+            for kind, values in followed.items():
+                value = values[at]
+                if value is not None:
+                    found.add_metric((kind,), value)
+            if followed:
+                yield found
+        saved = self._questions.saved()
+        if saved is not None:
+            yield GaugeMetricFamily(*self.SAVED, value=saved)
+        yield GaugeMetricFamily(*self.PROBLEMS, value=len(self._questions.problems()))
+        yield GaugeMetricFamily(*self.GATHER, value=self._questions.gather())
+
+    def describe(self) -> Iterator[Metric]:
+        """Say which figures there may be: the daemon need not run for that."""
+        yield from self.per_kind()
+        yield from self.single()
+
+    def per_kind(self) -> Iterator[Metric]:
+        """Yield those with the label `kind`, without values."""
+        return (family(name, meaning, labels=("kind",)) for family, name, meaning in self.KINDS)
+
+    def single(self) -> Iterator[Metric]:
+        """Yield the others, without values."""
+        return (GaugeMetricFamily(*words) for words in (self.SAVED, self.PROBLEMS, self.GATHER))
+
+
 class Metrics:
     """The daemon's figures, in a registry of their own, with those of the process."""
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-
-        def histogram(name: str, help: str, buckets: Iterable[float] = SYNC_BUCKETS) -> Histogram:
-            return Histogram(name, help, buckets=tuple(buckets), registry=registry)
-
-        def gauge(name: str, help: str, *labels: str) -> Gauge:
-            return Gauge(name, help, labels, registry=registry)
-
-        def counter(name: str, help: str, *labels: str) -> Counter:
-            return Counter(name, help, labels, registry=registry)
-
+        self._registry = CollectorRegistry()
+        self._own: list[Described] = []
+        self._process = ProcessCollector(registry=self._registry)
+        histogram, gauge, counter = self._histogram, self._gauge, self._counter
         sync = "kubeproxy_sync_proxy_rules"
         self._sync, self._full, self._partial = (
             histogram(
@@ -96,6 +187,32 @@ class Metrics:
         )
         self.pods = gauge("podwire_pods", "Pod attachments in the ledger")
 
+    def _histogram(self, name: str, help: str, buckets: Iterable[float] = SYNC_BUCKETS) -> Histogram:
+        self._own.append(Described(name, "histogram", (), help))
+        return Histogram(name, help, buckets=tuple(buckets), registry=self._registry)
+
+    def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
+        self._own.append(Described(name, "gauge", labels, help))
+        return Gauge(name, help, labels, registry=self._registry)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        self._own.append(Described(f"{name}_total", "counter", labels, help))
+        return Counter(name, help, labels, registry=self._registry)
+
+    def ask(self, questions: Questions) -> None:
+        """Have these asked at each scrape from now on; without it their figures are absent."""
+        self._registry.register(Asked(questions))
+
+    def described(self) -> tuple[Described, ...]:
+        """Return all figures that there may be, for the documentation."""
+        asked = Asked(Questions(dict, lambda: None, tuple, float))
+        plain = (*asked.single(), *self._process.collect())
+        return (
+            *self._own,
+            *(_described(metric, ("kind",)) for metric in asked.per_kind()),
+            *(_described(metric, ()) for metric in plain),
+        )
+
     def synced(self, pending: Pending, seconds: float, *, full: bool) -> None:
         """Note a sync that took so long."""
         self._sync.observe(seconds)
@@ -132,6 +249,11 @@ class Metrics:
     def page(self) -> bytes:
         """Return the exposition text."""
         return generate_latest(self._registry)
+
+
+def _described(metric: Metric, labels: tuple[str, ...]) -> Described:
+    name = f"{metric.name}_total" if metric.type == "counter" else metric.name
+    return Described(name, metric.type, labels, metric.documentation.rstrip("."))
 
 
 def without_local_endpoints(frontends: Iterable[Frontend]) -> dict[str, set[str]]:

@@ -131,7 +131,7 @@ def sync_routes(rtnl: Rtnl, wanted: Iterable[Route]) -> tuple[int, list[str]]:
     for destination, *_ in there:
         foreign.pop(destination, None)
     here = {_key(r): r for r in wanted}
-    taken = [r for r in here.values() if r.destination in foreign]
+    taken = [r for r in here.values() if r.destination in foreign and not r.unreachable]
     gone = [r for k, r in there.items() if k not in here]
     new = [r for k, r in here.items() if k not in there and r not in taken]
     # A route to a destination is replaced in place; only what nothing replaces is removed.

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from node.kube.api import Api, Credentials
+from node.metrics import Followed
 from node.sources import saved
 from node.sources.objects import HEADLESS, OTHER_PROXY, Object
 from node.sources.reflector import Delivery, Reflector, Resource, Timing
@@ -90,6 +91,17 @@ class Cluster:
         age = f"heard {time.monotonic() - heard:.0f} s ago" if heard else "not heard yet"
         counts = "" if self._complete.is_set() else "; what counts was saved" if self._restored else ""
         return f"API server {self.api.server}, {age}{counts}"
+
+    @property
+    def followed(self) -> dict[str, Followed]:
+        """How each kind is followed; for any thread."""
+        now, found = time.monotonic(), {}
+        for reflector in self._reflectors:
+            state = reflector.state
+            failing = 0.0 if state.failing_since is None else now - state.failing_since
+            silence = now - state.heard if state.heard else None
+            found[reflector.kind] = Followed(state.lists, state.watches, state.failures, failing, silence)
+        return found
 
     @property
     def problems(self) -> tuple[str, ...]:

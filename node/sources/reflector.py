@@ -78,6 +78,7 @@ class State:
     heard: float = 0.0
     lists: int = 0
     watches: int = 0
+    failures: int = 0
     wrong: dict[Identity, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -116,6 +117,11 @@ class Reflector:
                 return
             self._rest(error, self._progress or time.monotonic() - began >= self._timing.steady)
 
+    @property
+    def kind(self) -> str:
+        """The kind of object that is followed."""
+        return self._resource.kind
+
     def end(self) -> None:
         """Wake up `run`, which waits for the server, after `stopped` was set."""
         if stream := self._stream:
@@ -142,6 +148,7 @@ class Reflector:
         self._stopped.wait(max(wait, (error.retry_after or 0) * random.uniform(1.0, 1.5)))
 
     def _failed(self, error: ApiError) -> None:
+        self.state.failures += 1
         if self.state.failing_since is None:
             self.state.failing_since = time.monotonic()
         if self._failures == 1 or str(error) != self.state.error:

@@ -116,7 +116,7 @@ def test_it_brings_services_and_routes_to_the_kernel(world: World) -> None:
     assert world.connect() == SERVERS[0]
     assert {line.strip() for line in our_routes(world)} == {
         f"{POD} dev pod0 scope link",
-        "unreachable 10.244.1.0/24",
+        "unreachable 10.244.1.0/24 metric 4096",
         f"10.244.2.0/24 via {PEER} dev eth0",
     }
     assert world.run("cat", "/proc/sys/net/ipv4/ip_forward") == "1\n"

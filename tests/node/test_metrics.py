@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from netlink.family import Family
-from node.metrics import Metrics, without_local_endpoints
+from node.kube.events import RULES
+from node.metrics import Followed, Metrics, Questions, without_local_endpoints
 from node.store import Pending, Store
 from proxy.frontends import frontends
 from proxy.model import (
@@ -21,6 +26,7 @@ from proxy.model import (
 )
 from proxy.topology import Place
 
+OPERATIONS = Path(__file__).resolve().parents[2] / "docs/operations.md"
 NAME = ObjectName("shop", "web")
 KUBE_PROXYS = (
     "kubeproxy_sync_proxy_rules_duration_seconds_bucket",
@@ -118,3 +124,68 @@ def test_services_without_an_endpoint_here_are_counted_by_policy() -> None:
         "internal": set(),
         "external": set(),
     }
+
+
+def test_what_others_know_is_asked_at_each_scrape() -> None:
+    metrics, asked = Metrics(), []
+
+    def followed() -> dict[str, Followed]:
+        asked.append(1)
+        return {"Node": Followed(1, 7, 3, 0.0, 12.5), "Service": Followed(0, 0, 9, 31.0, None)}
+
+    metrics.ask(Questions(followed, lambda: 1000.0, lambda: ("one", "two"), lambda: 0.005))
+    assert not asked, "not before somebody wants to know"
+    found = figures(metrics)
+    assert len(asked) == 1
+    assert found['podwire_api_lists_total{kind="Node"}'] == 1
+    assert found['podwire_api_watches_total{kind="Node"}'] == 7
+    assert found['podwire_api_failures_total{kind="Service"}'] == 9
+    assert found['podwire_api_failing_seconds{kind="Service"}'] == 31
+    assert found['podwire_api_silence_seconds{kind="Node"}'] == 12.5
+    assert 'podwire_api_silence_seconds{kind="Service"}' not in found, "it was never heard of"
+    assert found["podwire_saved_state_timestamp_seconds"] == 1000
+    assert found["podwire_problems"] == 2
+    assert found["podwire_gather_seconds"] == 0.005
+
+
+def test_a_folder_as_the_source_has_no_figures_of_an_api_server() -> None:
+    metrics = Metrics()
+    metrics.ask(Questions(dict, lambda: None, tuple, lambda: 0.005))
+    names = figures(metrics)
+    assert "podwire_problems" in names
+    assert not [name for name in names if name.startswith(("podwire_api", "podwire_saved"))]
+
+
+def test_all_figures_are_described_as_they_are_exposed() -> None:
+    metrics = Metrics()
+    metrics.healthz.labels(200).inc()
+    metrics.livez.labels(200).inc()
+    metrics.addresses.labels("10.0.0.0/24", "IPv4", "used").set(1)
+    metrics.services(Store(), (), 0)
+    every = {"Node": Followed(1, 1, 1, 1.0, 1.0)}
+    metrics.ask(Questions(lambda: every, lambda: 1.0, tuple, float))
+    exposed: dict[str, tuple[str, frozenset[str], str]] = {}
+    for family in text_string_to_metric_families(metrics.page().decode()):
+        for sample in family.samples:
+            if sample.name.endswith("_created"):
+                continue
+            name = sample.name if family.type == "counter" else family.name
+            labels = frozenset(sample.labels) - {"le"}
+            exposed[name] = (family.type, labels, family.documentation.rstrip("."))
+    assert {d.name: (d.kind, frozenset(d.labels), d.meaning) for d in metrics.described()} == exposed
+
+
+def test_alerts_ask_for_figures_that_there_are() -> None:
+    histograms = ("_bucket", "_count", "_sum")
+    known = {
+        d.name + s for d in Metrics().described() for s in (histograms if d.kind == "histogram" else ("",))
+    }
+    expressions = re.findall(r"^  expr: (.*)$", OPERATIONS.read_text(), re.MULTILINE)
+    asked = {name for e in expressions for name in re.findall(r"\b(?:podwire|kubeproxy|process)_\w+", e)}
+    assert asked
+    assert asked <= known
+
+
+def test_every_reason_of_an_event_is_documented() -> None:
+    rows = set(re.findall(r"^\| ([A-Z]\w+) \| ", OPERATIONS.read_text(), re.MULTILINE))
+    assert {rule.reason for rule in RULES} | {"PodCIDRConflict"} <= rows
