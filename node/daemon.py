@@ -52,7 +52,7 @@ log = logging.getLogger("podwire")
 HEALTHY_LAG = 60.0
 """Seconds that a change may wait before the node is unhealthy (kube-proxy: twice its sync period)."""
 
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 """How long a thread that computes keeps the interpreter from the others. An ADD takes it dozens of times, and
 with Python's 5 ms would wait for a sync each time."""
 
