@@ -65,6 +65,13 @@ def test_the_unit_starts_the_daemon_before_kubelet_and_does_not_wait_for_a_netwo
     assert found["Restart"] == ["always"]
 
 
+def test_a_reload_looks_for_mistakes_in_the_file_first() -> None:
+    """Only if the first command succeeds does systemd go on to the next; otherwise the reload has failed."""
+    found = directives(UNIT)
+    program, options = found["ExecStart"][0].split(" daemon --config ")
+    assert found["ExecReload"] == [f"{program} config check {options}", "/bin/kill -HUP $MAINPID"]
+
+
 def test_the_units_places_are_the_daemons_defaults() -> None:
     from node.config import DEFAULT_PATH, Configuration
 
@@ -157,8 +164,8 @@ def test_under_the_units_restrictions_pods_host_ports_limits_and_services_work(
     call(site, "DEL", path)
     assert not answers(world.peer, NODE, 8080)
     assert world.stop() == 0
-    assert " ADD web" in world.log  # the daemon's work, not the plugin's own
-    assert " DEL web" in world.log
+    assert " ADD container=web" in world.log  # the daemon's work, not the plugin's own
+    assert " DEL container=web" in world.log
     assert not [line for line in world.log.splitlines() if " ERROR " in line or "permitted" in line]
     assert [path.suffix for path in (world.root / "net.d").iterdir()] == [".conflist"]
 
@@ -178,7 +185,7 @@ def test_under_the_units_restrictions_a_namespace_may_be_that_of_another_users_p
         finally:
             process.kill()
     assert world.stop() == 0
-    assert " ADD web" in world.log
+    assert " ADD container=web" in world.log
 
 
 @needs_both
