@@ -64,13 +64,24 @@ def add_parser(commands: Any) -> None:
 
 def run_daemon(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Run the daemon until it is stopped."""
-    from ipam.ledger import LedgerError
-    from node import logs
-    from node.daemon import Daemon
+    from node.notify import Notifier
 
     if config_path(args) is None and "source" not in given(args):
         parser.error(f"--source is required, or {DEFAULT_PATH}")
     need_root("the daemon")
+    try:
+        return _run(args)
+    except CommandError as error:
+        # While a unit waits for its next start, `systemctl status` shows this and nothing of the journal.
+        Notifier().status(str(error))
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
+    from ipam.ledger import LedgerError
+    from node import logs
+    from node.daemon import Daemon
+
     try:
         found = configuration(args)
         _check_places(found)

@@ -170,17 +170,17 @@ def address_add(index: int, address: str) -> Request:
 def route_replace(route: Route) -> Request:
     """Add a route, or replace the one to the same destination."""
     what = f"set the route to {route.destination}"
-    return Request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _route(route))
+    return Request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, _route(route) + _metric(route))
 
 
 def route_add(route: Route) -> Request:
     """Add a route; one to the same destination (and of the same metric) is an error that `exists`."""
     what = f"add the route to {route.destination}"
-    return Request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, _route(route))
+    return Request(what, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, _route(route) + _metric(route))
 
 
 def route_delete(route: Route) -> Request:
-    """Remove a route."""
+    """Remove a route, whatever its metric is."""
     return Request(f"remove the route to {route.destination}", RTM_DELROUTE, 0, _route(route))
 
 
@@ -266,9 +266,11 @@ def _route(route: Route) -> bytes:
         body += attribute(RTA_GATEWAY, ip_address(route.gateway).packed)
     if route.oif is not None:
         body += _number(RTA_OIF, route.oif)
-    if route.unreachable:
-        body += _number(RTA_PRIORITY, LAST)
     return body
+
+
+def _metric(route: Route) -> bytes:
+    return _number(RTA_PRIORITY, LAST) if route.unreachable else b""
 
 
 def _mac(mac: str) -> bytes:

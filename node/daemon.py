@@ -246,7 +246,7 @@ class Daemon:
         """Tell the service manager how it goes; a cluster that does not answer is no reason to start anew."""
         self._notifier.alive()
         synced = self._synced.is_set()
-        text = f"{syncer.status.services} services" if synced else next(iter(self._source.problems), "")
+        text = f"services: {syncer.status.services}" if synced else next(iter(self._source.problems), "")
         if text and not self._started:
             self._notifier.ready(text)
             self._started = True

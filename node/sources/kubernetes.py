@@ -75,7 +75,8 @@ class Cluster:
         self._first: dict[str, dict[Identity, Object]] = {}
         self._lock = threading.Lock()
         self._complete = threading.Event()
-        self._restored = ""
+        self._restored = ""  # what is told while the server has not answered
+        self._has_saved = False
         self._unsaved = False
         self._reflectors = [Reflector(api, r, self._take, self._stopped, timing) for r in RESOURCES]
 
@@ -89,7 +90,7 @@ class Cluster:
         """Where objects come from, and since when nothing was heard from there."""
         heard = min((r.state.heard for r in self._reflectors), default=0.0)
         age = f"heard {time.monotonic() - heard:.0f} s ago" if heard else "not heard yet"
-        counts = "" if self._complete.is_set() else "; what counts was saved" if self._restored else ""
+        counts = "" if self._complete.is_set() else "; the saved state counts" if self._has_saved else ""
         return f"API server {self.api.server}, {age}{counts}"
 
     @property
@@ -168,6 +169,7 @@ class Cluster:
                 if self._complete.is_set():
                     return
                 self._store.replace(objects)
+                self._has_saved = True
             self._restored = f"the state of {_clock(written)} counts until the API server answers: {error}"
         log.warning("%s", self._restored)
 
