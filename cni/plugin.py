@@ -75,15 +75,20 @@ def rules_for(ledger: Ledger) -> Rules:
     return Rules(lambda: [rules_of(a) for a in ledger.attachments() if a.state is not State.RELEASED])
 
 
-def take_back(ledger: Ledger, attachment: Attachment, step: Step = lambda _: None) -> None:
-    """Remove what a released attachment has in the kernel, then free its addresses."""
+def take_back(
+    ledger: Ledger, attachment: Attachment, step: Step = lambda _: None, rules: Rules | None = None
+) -> None:
+    """Remove what a released attachment has in the kernel, then free its addresses.
+
+    `rules` are open already; without them, rules of its own are used.
+    """
     how = wired(attachment)
     if how.mode is Mode.FLAT:
         flat.answer_no_more(how.uplink, map(str, attachment.addresses))
     wiring.remove(attachment.host_ifname)
     step("link removed")
-    with rules_for(ledger) as rules:
-        _remove_rules(rules, attachment)
+    with contextlib.nullcontext(rules) if rules else rules_for(ledger) as opened:
+        _remove_rules(opened, attachment)
     flows.forget_stale(attachment.host_ports, attachment.addresses, served=False)
     ledger.forget(attachment.key)
 
@@ -101,12 +106,14 @@ def forget_stale_flows(attachment: Attachment) -> None:
     flows.forget_stale(attachment.host_ports, attachment.addresses, served=True)
 
 
-def finish(ledger: Ledger, state_dir: Path, key: Key, timeout: float = LOCK_SECONDS) -> None:
+def finish(
+    ledger: Ledger, state_dir: Path, key: Key, timeout: float = LOCK_SECONDS, rules: Rules | None = None
+) -> None:
     """Take back another container's attachment, unless it is gone by now, or its container was added anew."""
     with container_lock(state_dir, key.container_id, timeout):
         attachment = ledger.get(key)
         if attachment and attachment.state is State.RELEASED:
-            take_back(ledger, attachment)
+            take_back(ledger, attachment, rules=rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,15 +221,15 @@ class Plugin:
         """Take back one released attachment, if possible one that nobody else is working on."""
         for attachment in releasing:
             if attachment.key.container_id == key.container_id:
-                return take_back(self.ledger, attachment)
+                return take_back(self.ledger, attachment, rules=self.shared_rules)
             with contextlib.suppress(LockTimeout):
-                return finish(self.ledger, self.state_dir, attachment.key, timeout=0)
-        return finish(self.ledger, self.state_dir, releasing[0].key)
+                return finish(self.ledger, self.state_dir, attachment.key, 0, self.shared_rules)
+        return finish(self.ledger, self.state_dir, releasing[0].key, rules=self.shared_rules)
 
     def _undo(self, key: Key) -> None:
         attachment = self.ledger.release(key)
         if attachment:
-            take_back(self.ledger, attachment)
+            take_back(self.ledger, attachment, rules=self.shared_rules)
 
     def _delete(self, request: Request) -> Result:
         attachment = self.ledger.release(Key(request.container_id, request.ifname))
@@ -238,7 +245,7 @@ class Plugin:
         if self.defer:
             self.defer(attachment)
         else:
-            take_back(self.ledger, attachment, self.step)
+            take_back(self.ledger, attachment, self.step, self.shared_rules)
         self.step("forgotten")
         _log("DEL", attachment.key)
         return Result()

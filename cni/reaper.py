@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from cni.plugin import finish, forget_stale_flows
+from cni.rules import Rules
 from ipam.ledger import Attachment, Ledger, LedgerError, State
 from ipam.lock import LockTimeout, container_lock
 
@@ -28,11 +29,12 @@ IDLE_SECONDS = 2.0
 
 
 class Reaper:
-    """A thread that does one thing after the other."""
+    """A thread that does one thing after the other; `rules` are the daemon's, which counts its changes."""
 
-    def __init__(self, ledger: Ledger, state_dir: Path) -> None:
+    def __init__(self, ledger: Ledger, state_dir: Path, rules: Rules | None = None) -> None:
         self._ledger = ledger
         self._state_dir = state_dir
+        self._rules = rules
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="reaper")
 
@@ -46,7 +48,7 @@ class Reaper:
 
     def submit(self, attachment: Attachment) -> None:
         """Take back an attachment soon."""
-        self._queue.put(partial(finish, self._ledger, self._state_dir, attachment.key))
+        self._queue.put(partial(finish, self._ledger, self._state_dir, attachment.key, rules=self._rules))
 
     def settle(self, attachment: Attachment) -> None:
         """Forget connections to an attachment's host ports that lead elsewhere, soon."""

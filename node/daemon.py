@@ -118,10 +118,10 @@ class Daemon:
             liberal = underlay.be_liberal() if config.tcp_be_liberal else []
             for problem in (*underlay.forward_packets(), *liberal):
                 log.warning("%s", problem)
-            reaper = stack.enter_context(Reaper(ledger, config.state_dir))
+            rules = stack.enter_context(rules_for(ledger))
+            reaper = stack.enter_context(Reaper(ledger, config.state_dir, rules))
             reaper.recover()
             syncer = stack.enter_context(Syncer(config.sync, ledger))
-            rules = stack.enter_context(rules_for(ledger))
             self._health = stack.enter_context(HealthChecks(self._ready))
             self._upkeep = self._make_upkeep(syncer)
             report = Report(self._ready, lambda: self._problems(syncer), lambda: self._source.described)

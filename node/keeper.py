@@ -3,7 +3,8 @@
 Every change of any ruleset raises the kernel's generation number, and asking for it takes microseconds; so
 the tables themselves are only looked at when it has moved. Listening to nftables' events instead would make
 the kernel write one for each of our own elements, 100,000 when services are loaded. As each batch raises
-the number by one, it also tells whether anybody else changed something.
+the number by one, counting our own tells whether anybody else changed something: only then is there anything
+to look for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cni.rules import Rules
 log = logging.getLogger("podwire.sync")
 
 LOOK_SECONDS = 1.0
-"""At most one look in this time: our own changes raise the number too."""
+"""At most one look in this time, however often others change something."""
 
 
 class Keeper:
@@ -55,9 +56,12 @@ class Keeper:
         generation, own = self._rules.generation()
         if generation == self._seen:
             return True
-        self._looked = now
         others = generation - own - self._commits()
-        if self._others not in (None, others):
+        if others == self._others:
+            self._seen = generation
+            return True
+        self._looked = now
+        if self._others is not None:
             self._suspect()
         self._others = others
         changed = self._rules.reconcile()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from netlink import netns
 from netlink.requests import address_add
 from netlink.rtnl import Rtnl
 from tests.cni.endurance import Pod, Site
+from tests.node.kernel import listening
 from tests.node.world import NODE, NODES, World, build, ended, wait_until
 
 HTTP = {"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}}
@@ -163,3 +165,21 @@ def test_a_dual_stack_node_gives_pods_an_address_of_each_family(
     assert addresses == ("10.244.1.2", "fd00:244:1::2")
     _, metrics = world.get(10249, "/metrics")
     assert 'range="fd00:244:1::/64"' in metrics
+
+
+def test_our_own_changes_are_not_taken_for_somebody_elses(start: Callable[..., Site], world: World) -> None:
+    """Else every element of the services would be compared, once a minute on a busy node."""
+    config = world.root / "ipam.yaml"
+    config.write_text("exclude: [10.244.1.10]")  # which the node's own pod has
+    site = start("--ipam-config", str(config))
+    with listening(world.node) as events:
+        deadline = time.monotonic() + 2.5  # the tables are looked at once a second
+        number = 0
+        while time.monotonic() < deadline:
+            number += 1
+            pod, _ = add(site, f"web-{number}", **HTTP)
+            assert netns.run(world.node, site.execute, "DEL", pod).code == 0
+        wait_until(lambda: world.json("pods") == [], "everything is taken back")
+        assert events.take()
+    world.stop()
+    assert "somebody changed" not in world.log
