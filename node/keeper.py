@@ -61,7 +61,9 @@ class Keeper:
             self._seen = generation
             return True
         self._looked = now
-        if self._others is not None:
+        # A batch of ours that changed nothing has not raised the number: it is less by one then.
+        if self._others is not None and others > self._others:
+            log.debug("somebody else has changed a ruleset")
             self._suspect()
         self._others = others
         changed = self._rules.reconcile()
