@@ -265,7 +265,7 @@ def test_nodes_without_a_controller_agree_on_their_ranges_and_say_where_they_are
             }
             api.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "status": status})
         world.start()
-        wait_until(lambda: bool(world.json("status")["pod_cidrs"]), "a range")
+        wait_until(lambda: podwire("status", "--socket", str(world.socket))[0] == 0, "a range")
         node = api.get("nodes", "node1")
         assert node["spec"]["podCIDRs"] == world.json("status")["pod_cidrs"]
         (lease,) = api.list("leases")["items"]
