@@ -160,18 +160,20 @@ class Cluster:
     def _restore(self) -> None:
         """Let the saved state count until the server answers."""
         error = next((r.state.error for r in self._reflectors if r.state.error), "no answer yet")
+        objects: dict[Identity, Object] | None = None
         try:
             objects, written = saved.load(self._state_dir, self._node)
+            sentence = f"the state of {_clock(written)} counts until the API server answers: {error}"
         except saved.SavedError as reason:
-            self._restored = f"nothing is known of the cluster: {error}; {reason}"
-        else:
-            with self._lock:
-                if self._complete.is_set():
-                    return
+            sentence = f"nothing is known of the cluster: {error}; {reason}"
+        with self._lock:
+            if self._complete.is_set():  # meanwhile
+                return
+            if objects is not None:
                 self._store.replace(objects)
                 self._has_saved = True
-            self._restored = f"the state of {_clock(written)} counts until the API server answers: {error}"
-        log.warning("%s", self._restored)
+            self._restored = sentence
+        log.warning("%s", sentence)
 
     def _save(self) -> None:
         self._unsaved = False

@@ -113,6 +113,9 @@ class Reflector:
                 self._watch(self.state.version or CACHED)
             except ApiError as failure:
                 error = failure
+            except Exception as fault:  # ours: without this thread, the node would go by old state for ever
+                log.exception("a fault of podwire's own, in following %s", self._resource.path)
+                error = ApiError(f"{self._resource.path} cannot be followed: {fault!r}", reason="Expired")
             if self._stopped.is_set():
                 return
             self._rest(error, self._progress or time.monotonic() - began >= self._timing.steady)

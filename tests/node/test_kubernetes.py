@@ -336,6 +336,17 @@ def test_an_object_that_cannot_be_read_counts_as_it_was_and_is_named(
     follower.wait(lambda _: follower.cluster.problems == (), "the problem is gone with the object")
 
 
+def test_a_fault_of_our_own_does_not_end_the_following(
+    api: KubeApi, follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = follower.reflectors["EndpointSlice"]
+    with monkeypatch.context() as patched:
+        patched.setattr(pieces, "_deliver", lambda _: {}["a fault"])
+        change(api)
+        follower.wait(lambda _: "cannot be followed" in pieces.state.error, "the fault is noticed")
+    follower.converges()
+
+
 def test_while_the_server_is_away_the_saved_state_counts_then_a_diff(
     api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
