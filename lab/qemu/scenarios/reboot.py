@@ -1,0 +1,86 @@
+"""A worker boots again: its pods are gone, what they had is free, and services work as soon as it is up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from shlex import quote
+
+from lab.qemu import driver
+from lab.qemu.scenarios.base import Trial, Verdict
+from netlink.family import with_port
+
+NODE = "node2"
+WITHIN_SECONDS = 15.0
+BOOT_SECONDS = 300.0
+FIRST = "/var/lib/first-answer"
+
+# Asks each of the services, one after the other, until it answers, as soon as the node has a network.
+PROBE = """[Unit]
+Description=how soon after its boot this node reaches services
+After=systemd-networkd.service
+[Service]
+ExecStart=/bin/bash -c 'for url in {urls}; do \\
+    until curl --globoff -s -m 1 -o /dev/null "$url"; do sleep 0.2; done; \\
+    echo "$url $(cut -d " " -f 1 /proc/uptime)" >> {first}; done'
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def reboot(trial: Trial) -> Iterator[Verdict]:
+    """Boot a worker again, in the middle of its work."""
+    lab, world = trial.world.lab, trial.world
+    gone = {address for pod in trial.pods_on(NODE) for address in pod.addresses}
+    urls = [
+        f"http://{with_port(*world.services[family][name])}/"
+        for family in lab.plan.families
+        for name in ("customer", "database")  # their endpoints are on another node
+    ]
+    unit = PROBE.format(urls=" ".join(urls), first=FIRST)
+    trial.shell(NODE, f"rm -f {FIRST}; printf %s {quote(unit)} > /etc/systemd/system/lab-probe.service;"
+                      " systemctl enable -q lab-probe")  # fmt: skip
+    before = trial.shell(NODE, "cat /proc/sys/kernel/random/boot_id")
+    trial.try_shell(NODE, "systemctl reboot")
+    driver.wait_gone(lab, NODE, before)
+    driver.wait_answer(lab, NODE, time.monotonic() + BOOT_SECONDS)
+    driver.wait_ready(lab, NODE)
+    trial.wait("services answer", lambda: len(_answers(trial)) == len(urls))
+    last = max(_answers(trial).values())
+    start = trial.shell(NODE, "systemd-analyze | head -1")
+    saw, expected = f"{last:.1f} s ({start})", f"within {WITHIN_SECONDS:.0f} s"
+    yield trial.verdict("services reached after its boot", saw, expected, last <= WITHIN_SECONDS)
+    others = [
+        row for row in trial.cases("C") if row.source in ("node3", "customer") and "database" in row.via
+    ]
+    yield trial.judged("services reached from the others", others)
+    trial.replace_pods(NODE)
+    yield from _clean(trial, gone)
+    yield trial.judged("pods, services and node ports again", trial.cases("B", "C", "D"))
+    trial.shell(NODE, "systemctl disable -q lab-probe; rm -f /etc/systemd/system/lab-probe.service")
+
+
+def _answers(trial: Trial) -> dict[str, float]:
+    """Return how long after the boot each service answered (seconds)."""
+    lines = trial.try_shell(NODE, f"cat {FIRST}")[1].splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("http")}
+
+
+def _clean(trial: Trial, gone: set[str]) -> Iterator[Verdict]:
+    """Yield what the node still has of pods that it lost."""
+    now = {address for pod in trial.pods_on(NODE) for address in pod.addresses}
+    leases = json.loads(trial.shell(NODE, "podwire ipam show -o json"))
+    held = {a for lease in leases.get("attachments", []) for a in lease.get("addresses", [])}
+    held = {address.partition("/")[0] for address in held}
+    yield trial.verdict("addresses held by pods that are gone", sorted(held - now), [])
+    stale = sorted(gone - now)
+    said = trial.shell(NODE, "ip -4 route; ip -6 route; nft list ruleset")
+    words = set(said.replace("/", " ").split())
+    yield trial.verdict("routes and rules of pods that are gone", [a for a in stale if a in words], [])
+    links = trial.shell(NODE, "ip -o link | grep -c pwpod || true")
+    yield trial.verdict("pods' interfaces", int(links), len(trial.pods_on(NODE)))
+    code, said = trial.try_shell(NODE, "podwire ipam check")
+    yield trial.verdict(
+        "podwire ipam check", f"status {code}" + (f": {said[-200:]}" if code else ""), "status 0"
+    )
