@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE ?=
 
-.PHONY: setup setup-tests demo test check bench lab image docs proto lock clean
+.PHONY: setup setup-tests demo vm-lab vm-scenarios test test-vm check bench lab image docs walks proto lock clean
 
 setup:            ## Debian packages, virtual environment, pinned dependencies
 	@scripts/setup
@@ -13,8 +13,20 @@ setup-tests:      ## and what tests and benchmarks run: containerd, podman, iper
 demo: setup       ## three nodes, the sample application, scenarios A to F on real traffic
 	@.venv/bin/podwire lab demo $(if $(KEEP),--keep) $(DEMO_ARGS)
 
-test: setup-tests ## every test (needs root: network namespaces)
+vm-lab: setup     ## the same scenarios on virtual machines: image, boot, table; KEEP=1 leaves them running
+	@scripts/setup vm
+	@.venv/bin/podwire lab demo --driver qemu --name vm $(if $(KEEP),--keep) $(DEMO_ARGS)
+
+vm-scenarios: setup ## what only machines can show: reboot, watchdog, WireGuard, other kernels; SCENARIOS chooses
+	@scripts/setup vm
+	@.venv/bin/podwire lab scenarios $(SCENARIOS)
+
+test: setup-tests ## every test but those on virtual machines (needs root: network namespaces)
 	@$(PY) -m pytest $(ARGS)
+
+test-vm: setup-tests ## tests on virtual machines, some minutes
+	@scripts/setup vm
+	@PODWIRE_VM_TESTS=1 $(PY) -m pytest tests/vm $(ARGS)
 
 check: setup      ## ruff, mypy --strict, layering, size budgets, generated code is current
 	@scripts/check
@@ -30,6 +42,9 @@ image:            ## the container image; IMAGE_ARGS go to podman build
 
 docs: setup       ## regenerate the generated pages of docs/
 	@$(PY) scripts/docs
+
+walks: setup-tests ## run the walks of docs/ in labs and write what they print
+	@$(PY) scripts/walks
 
 proto: setup      ## regenerate api/ from podwire.proto
 	@scripts/proto api

@@ -281,7 +281,7 @@ class Cni:
 
 
 class InspectStub:
-    """Inspect tells the command line what the daemon knows. It changes nothing.
+    """Inspect tells the command line what the daemon knows. Only RotateWireguard changes something.
     """
 
     def __init__(self, channel):
@@ -315,10 +315,25 @@ class InspectStub:
                 request_serializer=podwire__pb2.HealthRequest.SerializeToString,
                 response_deserializer=podwire__pb2.HealthReply.FromString,
                 _registered_method=True)
+        self.L7 = channel.unary_unary(
+                '/podwire.v1.Inspect/L7',
+                request_serializer=podwire__pb2.L7Request.SerializeToString,
+                response_deserializer=podwire__pb2.L7Reply.FromString,
+                _registered_method=True)
+        self.Wireguard = channel.unary_unary(
+                '/podwire.v1.Inspect/Wireguard',
+                request_serializer=podwire__pb2.WireguardRequest.SerializeToString,
+                response_deserializer=podwire__pb2.WireguardReply.FromString,
+                _registered_method=True)
+        self.RotateWireguard = channel.unary_unary(
+                '/podwire.v1.Inspect/RotateWireguard',
+                request_serializer=podwire__pb2.RotateWireguardRequest.SerializeToString,
+                response_deserializer=podwire__pb2.RotateWireguardReply.FromString,
+                _registered_method=True)
 
 
 class InspectServicer:
-    """Inspect tells the command line what the daemon knows. It changes nothing.
+    """Inspect tells the command line what the daemon knows. Only RotateWireguard changes something.
     """
 
     def Pods(self, request, context):
@@ -346,6 +361,24 @@ class InspectServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Health(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def L7(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Wireguard(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateWireguard(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -379,6 +412,21 @@ def add_InspectServicer_to_server(servicer, server):
                     request_deserializer=podwire__pb2.HealthRequest.FromString,
                     response_serializer=podwire__pb2.HealthReply.SerializeToString,
             ),
+            'L7': grpc.unary_unary_rpc_method_handler(
+                    servicer.L7,
+                    request_deserializer=podwire__pb2.L7Request.FromString,
+                    response_serializer=podwire__pb2.L7Reply.SerializeToString,
+            ),
+            'Wireguard': grpc.unary_unary_rpc_method_handler(
+                    servicer.Wireguard,
+                    request_deserializer=podwire__pb2.WireguardRequest.FromString,
+                    response_serializer=podwire__pb2.WireguardReply.SerializeToString,
+            ),
+            'RotateWireguard': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateWireguard,
+                    request_deserializer=podwire__pb2.RotateWireguardRequest.FromString,
+                    response_serializer=podwire__pb2.RotateWireguardReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'podwire.v1.Inspect', rpc_method_handlers)
@@ -388,7 +436,7 @@ def add_InspectServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inspect:
-    """Inspect tells the command line what the daemon knows. It changes nothing.
+    """Inspect tells the command line what the daemon knows. Only RotateWireguard changes something.
     """
 
     @staticmethod
@@ -516,6 +564,87 @@ class Inspect:
             '/podwire.v1.Inspect/Health',
             podwire__pb2.HealthRequest.SerializeToString,
             podwire__pb2.HealthReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def L7(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/podwire.v1.Inspect/L7',
+            podwire__pb2.L7Request.SerializeToString,
+            podwire__pb2.L7Reply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Wireguard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/podwire.v1.Inspect/Wireguard',
+            podwire__pb2.WireguardRequest.SerializeToString,
+            podwire__pb2.WireguardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateWireguard(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/podwire.v1.Inspect/RotateWireguard',
+            podwire__pb2.RotateWireguardRequest.SerializeToString,
+            podwire__pb2.RotateWireguardReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,12 +27,14 @@ servers, the interface kube-ipvs0 and the ipsets of its IPVS mode. Every table i
 all. Chains that kubelet or others made, and chains of kube-proxy's that rules of others use, stay.
 Connections that exist go on, for connection tracking knows them.
 
---podwire removes podwire itself, when its daemon is stopped: its nftables tables, with what connection
-tracking knows of UDP and SCTP by them; its routes (protocol 112) and interfaces; what flat mode answers for;
-and it sets sysctls back that podwire has set and nobody else since. While pods are attached, which would
-lose their network, it refuses without --with-pods. Packet forwarding stays on, as another network may have
-come to need it, unless --stop-forwarding is given. --all takes the plugin, its conflist, the ledger and the
-rest of the files, too. It says what it will remove and asks, unless --yes is given.
+--podwire removes podwire itself, when its daemon is stopped: its nftables tables or chains of iptables, with
+what connection tracking knows of UDP and SCTP by them; its routes (protocol 112), policy rules, addresses on
+loopback and interfaces, tunnels among them; what flat mode answers for; and it sets sysctls back that podwire
+has set and nobody else since. While pods are attached, which would lose their network, it refuses without
+--with-pods. Packet forwarding stays on, as another network may have come to need it, unless
+--stop-forwarding is given. --all takes the plugin, its conflist, the ledger and the rest of the files, too,
+those for systemd, NetworkManager and firewalld among them. It says what it will remove and asks, unless
+--yes is given.
 
 --kubernetes removes what this node has in the API: annotations podwire.io/… of its Node, and the Leases by
 which it claimed podCIDRs. Needs no root.

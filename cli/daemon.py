@@ -14,7 +14,8 @@ from cli.host import need_root
 from cli.options import add_all, config_path, configuration, given, refuse
 from cli.output import CommandError
 from cli.ranges import ranges
-from node.config import DEFAULT_PATH, KUBERNETES, ConfigError, Configuration, ipam_of
+from node.config import DEFAULT_PATH, ConfigError, ipam_of
+from node.config_keys import KUBERNETES, Configuration
 
 if TYPE_CHECKING:
     from node.daemon import DaemonConfig
@@ -118,7 +119,7 @@ def _daemon_config(found: Configuration, args: argparse.Namespace) -> DaemonConf
         "metrics_address": found.metrics.bind_address,
         "healthz_address": found.healthz.bind_address,
         "cni_conf_dir": Path(conf_dir) if conf_dir else None,
-        "tcp_be_liberal": found.services.conntrack_tcp_be_liberal,
+        "l7": _l7_settings(found),
         "kubernetes": _kubernetes_config(found),
         "configuration": found,
         "log_format": found.logs.format,
@@ -126,6 +127,23 @@ def _daemon_config(found: Configuration, args: argparse.Namespace) -> DaemonConf
     }
     known = {field.name for field in dataclasses.fields(DaemonConfig)}
     return DaemonConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def _l7_settings(found: Configuration) -> Any:
+    if not found.l7.enabled:
+        return None
+    from proxy.l7.render import Settings
+
+    l7 = found.l7
+    return Settings(
+        directory=Path(found.paths.socket).parent / "l7",
+        port=l7.port,
+        threads=l7.threads,
+        max_connections=l7.max_connections,
+        drain_seconds=l7.drain_seconds,
+        sample=l7.sample,
+        access_log=Path(l7.access_log) if l7.access_log else None,
+    )
 
 
 def _kubernetes_config(found: Configuration) -> Any:
@@ -145,9 +163,11 @@ def _kubernetes_config(found: Configuration) -> Any:
 
 def _sync_config(found: Configuration) -> SyncConfig:
     from cni.settings import Mode
+    from node.backends.hops import TunnelConfig
     from node.syncer import SyncConfig
+    from node.wireguard_keys import FOLDER
 
-    wanted = ranges(found)
+    wanted, network = ranges(found), found.network
     return SyncConfig(
         node=found.node_name or socket.gethostname().lower(),
         mode=Mode(found.pods.mode),
@@ -157,6 +177,16 @@ def _sync_config(found: Configuration) -> SyncConfig:
         ipam=ipam_of(found),
         uplink=found.pods.flat_interface,
         node_port_addresses=wanted.node_ports,
+        backend=network.backend,
+        network_mtu=network.mtu,
+        tunnel=TunnelConfig(network.vxlan_port, network.vxlan_id, network.wireguard_port),
+        egress=found.pods.egress_addresses,
+        dataplane=found.services.mode,
+        ipvs_scheduler=found.services.ipvs_scheduler,
+        tcp_be_liberal=found.services.conntrack_tcp_be_liberal,
+        l7_port=found.l7.port,
+        key_dir=Path(found.paths.state_dir) / FOLDER,
+        rotate_days=network.wireguard_rotate_days,
     )
 
 

@@ -43,6 +43,8 @@ def status(args: argparse.Namespace) -> int:
     print(f"  pods       mode {health.mode}, podCIDRs {', '.join(health.pod_cidrs) or 'none yet'}")
     print(f"  services   {health.services} with {health.frontends} frontends, {health.elements} map elements")
     print(f"  dataplane  {health.dataplane}, last synced {age}")
+    if health.l7:
+        print(f"  L7 proxy   {health.l7}")
     for problem in health.problems:
         print(f"  problem    {problem}")
     return 0 if health.ready else 1
@@ -80,5 +82,9 @@ def routes(args: argparse.Namespace) -> int:
     """Print the routes."""
     with connected(args.socket) as stub:
         found = stub.Routes(pb.RoutesRequest(), timeout=TIMEOUT_SECONDS).routes
-    show(args.output, ("destination", "via", "node"), [fields(r) for r in found])
+    show(
+        args.output,
+        ("destination", "node", "backend", "peer", "via", "device", "mtu"),
+        [fields(r) for r in found],
+    )
     return 0

@@ -6,21 +6,34 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab import controller, demo, network, runtime, state
+from lab import controller, demo, drivers, runtime, state
 from lab.runtime import Pod, PodSpec
 from lab.state import Lab
-from lab.topology import IpFamily, LabError, Mode, Node, Topology, plan, titles
-from netlink import netns
+from lab.table import aligned
+from lab.topology import (
+    Backend,
+    Between,
+    Driver,
+    IpFamily,
+    LabError,
+    Mode,
+    Node,
+    ProxyMode,
+    Topology,
+    apart,
+    plan,
+)
 
 DEFAULT_NAME = "default"
 DEMO_NAME = "demo"
+SCENARIOS_NAME = "scenarios"
 
 LAB = """\
 A lab is a small cluster on one machine. Every node is a network namespace with its own real `podwire
@@ -41,7 +54,10 @@ examples:
   podwire lab up
   podwire lab up --name flat --nodes 4 --far 0     all nodes on one segment
   podwire lab up --mode bridge
-  podwire lab up --name six --ip-family ipv6       no IPv4 address on any interface but lo"""
+  podwire lab up --name six --ip-family ipv6       no IPv4 address on any interface but lo
+  podwire lab up --backend vxlan                   pods' packets cross the network inside UDP
+  podwire lab up --proxy-mode iptables             services as chains that iptables lists
+  podwire lab up --name over --ip-family ipv6 --underlay ipv4"""
 EXEC_EXAMPLES = """\
 examples:
   podwire lab exec node1 -- nft list table ip podwire
@@ -59,6 +75,13 @@ examples:
   podwire lab demo
   podwire lab demo --keep                          leave the lab up and say what to try
   podwire lab demo --mode bridge -o json
+
+The exit status is 1 when anything was not as expected."""
+SCENARIOS_EXAMPLES = """\
+examples:
+  podwire lab scenarios --list
+  podwire lab scenarios                            all of them, on virtual machines
+  podwire lab scenarios reboot wireguard
 
 The exit status is 1 when anything was not as expected."""
 
@@ -89,12 +112,37 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     apply.add_argument("file", metavar="FILE", type=Path, help="Kubernetes YAML; Pods need spec.nodeName")
 
     _add_pod(verbs)
+    _add_scenarios(verbs)
 
     show = _verb(verbs, "demo", "run the scenarios on a lab of their own", DEMO_EXAMPLES, run=_demo)
     show.set_defaults(name=DEMO_NAME)
     _plan_options(show)
     _output_option(show)
     show.add_argument("--keep", action="store_true", help="leave the lab up and say what to try")
+
+
+def _add_scenarios(verbs: argparse._SubParsersAction[Any]) -> None:
+    verb = _verb(
+        verbs,
+        "scenarios",
+        "run what only real machines can show, each with a verdict",
+        SCENARIOS_EXAMPLES,
+        run=_scenarios,
+    )
+    verb.set_defaults(name=SCENARIOS_NAME, driver=Driver.QEMU.value)
+    verb.add_argument("names", metavar="NAME", nargs="*", help="which ones (default: all; see --list)")
+    verb.add_argument("--list", action="store_true", help="say which there are")
+    verb.add_argument("--keep", action="store_true", help="leave the lab up")
+    _output_option(verb)
+
+
+def _scenarios(args: argparse.Namespace) -> int:
+    from lab.qemu.scenarios import catalogue
+
+    if args.list:
+        print("\n".join(catalogue.NAMES))
+        return 0
+    return catalogue.main(args.name, args.names, keep=args.keep, as_json=args.output == "json")
 
 
 def _add_pod(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -179,13 +227,35 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         "--far", type=int, metavar="N", help="how many of them, the last ones, are across the router"
         " (default: 1 of three or more, else 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--driver",
+        choices=[driver.value for driver in Driver],
+        default="netns",
+        help="what the hosts are: namespaces of this machine, or virtual machines (default: %(default)s)",
+    )
     modes = [mode.value for mode in Mode]
     parser.add_argument("--mode", choices=modes, default="routed", help="pod wiring (default: %(default)s)")
     parser.add_argument(
+        "--backend",
+        choices=[backend.value for backend in Backend],
+        default="auto",
+        help="how to reach other nodes' pods; only with direct the router knows them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--proxy-mode",
+        choices=[proxy_mode.value for proxy_mode in ProxyMode],
+        default="nftables",
+        help="what services are made of in the kernel (default: %(default)s)",
+    )
+    families = [ip_family.value for ip_family in IpFamily]
+    parser.add_argument(
         "--ip-family",
-        choices=[ip_family.value for ip_family in IpFamily],
+        choices=families,
         default="dual",
-        help="the addresses of nodes, pods and services (default: %(default)s)",
+        help="the addresses of pods and services (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--underlay", choices=families, help="the addresses of nodes and other hosts (default: as the pods)"
     )
 
 
@@ -207,11 +277,16 @@ def _output_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Topology:
-    return plan(args.name, args.nodes, args.far, Mode(args.mode), IpFamily(args.ip_family))
+    between = Between(Backend(args.backend), IpFamily(args.underlay) if args.underlay else None)
+    found = plan(args.name, args.nodes, args.far, Mode(args.mode), IpFamily(args.ip_family), between)
+    found = replace(found, proxy_mode=ProxyMode(args.proxy_mode))
+    driver = Driver(args.driver)
+    return found if driver is Driver.NETNS else apart(found, driver)
 
 
 def _up(args: argparse.Namespace) -> int:
-    lab = network.up(_plan(args))
+    made = _plan(args)
+    lab = drivers.of(made.driver).up(made)
     print(f"lab {lab.plan.name} is up: {', '.join(node.name for node in lab.plan.nodes)}")
     return 0
 
@@ -222,7 +297,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _down(args: argparse.Namespace) -> int:
     for name in state.names() if args.all else [args.name]:
-        if not network.remove(name):
+        if not drivers.remove(name):
             raise LabError(f"there is no lab named {name!r}")
         print(f"lab {name} is down")
     return 0
@@ -233,28 +308,35 @@ def _status(args: argparse.Namespace) -> int:
     nodes = [_node_status(lab, node) for node in lab.plan.nodes]
     pods = [_pod_status(pod) for pod in runtime.pods(lab)]
     if args.output == "json":
-        about = {"name": lab.plan.name, "mode": lab.plan.mode.value, "ipFamily": lab.plan.ip_family.value}
+        about = {
+            "name": lab.plan.name,
+            "mode": lab.plan.mode.value,
+            "backend": lab.plan.backend.value,
+            "ipFamily": lab.plan.ip_family.value,
+            "underlay": lab.plan.underlay.value,
+            "proxyMode": lab.plan.proxy_mode.value,
+            "driver": lab.plan.driver.value,
+        }
         print(json.dumps(about | {"nodes": nodes, "pods": pods}, indent=2))
     else:
-        what = f"{lab.plan.mode.value} pods, {titles(lab.plan.families)}"
-        print(f"lab {lab.plan.name}, {what}, state in {lab.root}\n")
+        print(f"lab {lab.plan.name}, {lab.plan.about}, state in {lab.root}\n")
         print(_table(nodes))
         print(f"\n{_table(pods)}" if pods else "\nno pods")
     return 0 if all(node["daemon"] != "down" for node in nodes) else 1
 
 
 def _exec(args: argparse.Namespace) -> int:
-    namespace = _namespace(state.load(args.name), args.where)
+    lab = state.load(args.name)
+    place, namespace = _place(lab, args.where)
     # Ctrl-C is for the command, which has the terminal; a handler, unlike SIG_IGN, is not inherited.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        code = netns.run(namespace, lambda: subprocess.run(args.command, check=False).returncode)
+        return drivers.of(lab.plan.driver).execute(lab, place, namespace, args.command)
     except FileNotFoundError:
         print(f"podwire lab: command {args.command[0]!r} is not found", file=sys.stderr)
         return 127
     finally:
         signal.signal(signal.SIGINT, before)
-    return code if code >= 0 else 128 - code  # ended by a signal: as a shell reports it
 
 
 def _apply(args: argparse.Namespace) -> int:
@@ -282,24 +364,25 @@ def _pod_check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _namespace(lab: Lab, where: str) -> str:
-    """The namespace of a host, the router, or a pod (NODE/POD where several nodes have one of that name)."""
+def _place(lab: Lab, where: str) -> tuple[str, str]:
+    """Return the host and the namespace of a host, the router, or a pod (NODE/POD where several have one)."""
     if where == "router":
-        return lab.plan.router
+        return where, lab.plan.router
     if any(host.name == where for host in lab.plan.hosts):
-        return lab.plan.host(where).namespace
+        return where, lab.plan.host(where).namespace
     node, _, pod = where.rpartition("/")
-    return runtime.find(lab, pod, node or None).netns
+    found = runtime.find(lab, pod, node or None)
+    return found.spec.node, found.netns
 
 
 def _node_status(lab: Lab, node: Node) -> dict[str, str]:
-    daemon = network.daemon(lab, node.name)
+    pid = drivers.of(lab.plan.driver).pid(lab, node.name)
     return {
         "node": node.name,
         "addresses": ",".join(node.addresses),
         "podCIDRs": ",".join(node.pod_cidrs),
         "segment": node.segment,
-        "daemon": f"pid {daemon.pid}" if daemon else "down",
+        "daemon": f"pid {pid}" if pid else "down",
         "namespace": node.namespace,
     }
 
@@ -320,9 +403,4 @@ def _pod_status(pod: Pod) -> dict[str, str]:
 
 def _table(rows: list[dict[str, str]]) -> str:
     """Return rows that have the same keys as aligned columns under their names."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return "\n".join(aligned([list(rows[0]), *(list(row.values()) for row in rows)]))

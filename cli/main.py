@@ -19,9 +19,12 @@ MODULES = {
     "install": "cli.install",
     **dict.fromkeys(("status", "pods", "frontends", "routes"), "cli.inspect"),
     "services": "cli.services",
+    "l7": "cli.l7",
+    "wireguard": "cli.wireguard",
     "render": "cli.render",
     "ipam": "cli.ipam",
     "doctor": "cli.doctor",
+    "trace": "cli.trace",
     "cleanup": "cli.cleanup",
     "lab": "cli.lab",
 }

@@ -10,10 +10,14 @@ from typing import Any
 import msgspec
 
 from cli.output import CommandError, complain
-from node.config import DEFAULT_PATH, ConfigError, Configuration, Option, options
+from node.config import DEFAULT_PATH, ConfigError, Option, options
+from node.config_keys import Configuration
 
 GROUPS = ("kubernetes", "pods", "services")
 """Parts of the configuration that have a heading of their own in --help."""
+
+ALSO = {"--proxy-mode": ("--dataplane",)}
+"""Other spellings of flags."""
 
 SHORT = {"-v": ("logs.level", "debug", "as --log-level debug: log every change")}
 
@@ -59,7 +63,7 @@ def add(group: Any, option: Option) -> None:
     else:
         numbers = isinstance(kind, msgspec.inspect.IntType | msgspec.inspect.UnionType)
         shared |= {"metavar": facts.metavar, "type": int if numbers else str}
-    group.add_argument(facts.flag, **shared)
+    group.add_argument(facts.flag, *ALSO.get(facts.flag, ()), **shared)
 
 
 class _Append(argparse.Action):

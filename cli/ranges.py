@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cli.options import add, given, refuse
-from node.config import PRIMARY, ConfigError, Configuration, options
+from node.config import ConfigError, options
+from node.config_keys import PRIMARY, Configuration
 
 if TYPE_CHECKING:
     from netlink.family import Family
@@ -18,12 +19,14 @@ class Ranges(NamedTuple):
     masquerade: frozenset[Family]
     no_masquerade: tuple[str, ...]
     node_ports: tuple[str, ...]
+    egress: tuple[str, ...]
 
 
 def add_masquerade(group: Any) -> None:
     """Add the options on masquerade."""
     add(group, options()["pods.masquerade"])
     add(group, options()["pods.noMasqueradeCIDRs"])
+    add(group, options()["pods.egressAddresses"])
 
 
 def add_node_ports(group: Any) -> None:
@@ -48,6 +51,7 @@ def ranges(configuration: Configuration) -> Ranges:
         frozenset(families(configuration.pods.masquerade)),
         configuration.pods.no_masquerade_cidrs,
         tuple(cidr for cidr in ports if cidr != PRIMARY),
+        configuration.pods.egress_addresses,
     )
 
 

@@ -30,7 +30,8 @@ What is wrong with the manifests is said on standard error, and what is right is
 status is 0 when nothing is wrong, 1 when something is, and 2 for wrong usage.
 
 Services and EndpointSlices are all in the ruleset; of Nodes, the node's own zone, addresses and podCIDRs, and
-the others' addresses and podCIDRs. Pools of --ipam-config and flat mode are not known here.
+the others' addresses and podCIDRs. Pools of --ipam-config and flat mode are not known here. Services that ask
+for the L7 proxy are in the ruleset as they are while that serves them, at its usual port.
 """
 
 EXAMPLES = """
@@ -117,7 +118,7 @@ def _render(args: argparse.Namespace) -> Rendering:
     from netlink.nftables.objects import Table
     from netlink.nftables.text import listing
     from node import masquerade
-    from node.routes import accepted_ranges
+    from node.ranges import accepted_ranges
     from node.sources.manifests import ManifestFolder
     from proxy.model import Node
     from proxy.nftables.dataplane import Dataplane
@@ -136,6 +137,7 @@ def _render(args: argparse.Namespace) -> Rendering:
         options.no_masquerade,
         options.masquerade,
         options.node_ports,
+        options.egress,
     )
     rulesets: dict[str, str] = {}
     wanted = families(args.family) if args.family else _served(me)
@@ -164,12 +166,14 @@ def _snapshot(objects: Mapping[Any, Any]) -> Snapshot:
 def _frontends(snapshot: Snapshot, place: Any) -> tuple[list[Frontend], list[str]]:
     """Return the frontends in order of service, and a sentence for each that two services claim."""
     from proxy.frontends import frontends
+    from proxy.l7.backends import with_proxied
     from proxy.table import FrontendTable
 
     table = FrontendTable()
     for name in sorted(snapshot.services):
-        found = frontends(snapshot.services[name], snapshot.slices.get(name, ()), place)
-        table.replace(name, found)
+        service = snapshot.services[name]
+        found = frontends(service, snapshot.slices.get(name, ()), place)
+        table.replace(name, with_proxied(service, found, lambda backend, route: True)[0])
     return list(table), table.conflicts()
 
 

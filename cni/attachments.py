@@ -32,10 +32,14 @@ class Wired:
         return msgspec.json.encode(self).decode()
 
 
+_WIRED = msgspec.json.Decoder(Wired)
+"""Made once: two threads that are the first to decode a type, at the same time, crash the interpreter."""
+
+
 @functools.lru_cache(maxsize=64)  # most pods of a node are wired alike
 def parse_wired(text: str) -> Wired:
     """Return how a pod was wired; attachments of podwire's first version have no such text."""
-    return msgspec.json.decode(text, type=Wired) if text else Wired()
+    return _WIRED.decode(text) if text else Wired()
 
 
 def wired(attachment: Attachment) -> Wired:

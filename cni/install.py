@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -46,6 +47,12 @@ LINKS = 255  # how many names a path may have, links included
 
 STATUS_INPUT = json.dumps({"cniVersion": CNI_VERSIONS[-1], "name": "podwire", "type": BINARY}).encode()
 POLL_SECONDS = 0.5
+CHROOT = "/usr/sbin/chroot"
+CHROOT_FAILED = {
+    125: errno.EPERM,
+    126: errno.EACCES,
+    127: errno.ENOENT,
+}  # its own exit statuses, not the program's
 STATUS_SECONDS = 10.0
 """How long one STATUS may take at least, however little of the time to wait is left."""
 
@@ -230,7 +237,9 @@ def check_interpreter(root: Path, python: str) -> None:
         raise InstallError(f"the interpreter {where} cannot be run: {error}") from None
     found, ours = done.stdout.decode(errors="replace").strip(), sys.implementation.cache_tag
     if found != ours:
-        raise InstallError(f"the interpreter {where} is {found or 'broken'}, but podwire needs {ours}")
+        words = done.stderr.decode(errors="replace").strip().splitlines()
+        broken = f"broken ({words[-1] if words else f'exit status {done.returncode}'})"
+        raise InstallError(f"the interpreter {where} is {found or broken}, but podwire needs {ours}")
 
 
 def below(root: Path, path: Path) -> Path:
@@ -311,21 +320,23 @@ def copies_of(binary: Path, root: Path = Path("/")) -> tuple[Path, ...]:
 def _run_in(
     root: Path, command: Sequence[str], environment: dict[str, str], stdin: bytes, timeout: float
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program that sees `root` as its file system."""
+    """Run a program that sees `root` as its file system. Raises OSError for one that cannot be run.
 
-    def enter() -> None:
-        os.chroot(root)
-        os.chdir("/")
-
-    return subprocess.run(
-        command,
+    Not by a fork of our own: a process in which gRPC runs must not be copied.
+    """
+    elsewhere = root != Path("/")
+    done = subprocess.run(
+        [CHROOT, str(root), *command] if elsewhere else command,
         input=stdin,
         env=environment,
         capture_output=True,
         check=False,
         timeout=timeout,
-        preexec_fn=None if root == Path("/") else enter,
     )
+    if elsewhere and done.returncode in CHROOT_FAILED and done.stderr.startswith(CHROOT.encode()):
+        words = done.stderr.decode(errors="replace").strip()
+        raise OSError(CHROOT_FAILED[done.returncode], words.rpartition(": ")[2])
+    return done
 
 
 @contextlib.contextmanager

@@ -42,6 +42,9 @@ class _Notes(msgspec.Struct):
     sysctls: dict[str, Noted]
 
 
+_NOTES = msgspec.json.Decoder(_Notes)
+
+
 def keep_in(directory: Path | None) -> None:
     """Note what sysctls were in a state directory, from now on in this process; None: nowhere."""
     global _directory
@@ -56,6 +59,9 @@ def put(path: Path, value: str, beside: Iterable[Path] = ()) -> None:
     before = path.read_text().strip()
     if before == value:
         return
+    earlier = noted(_directory).get(path) if _directory else None
+    if earlier and earlier.value == before:  # our own, raised again
+        before = earlier.before
     others = {str(other): _read(other) for other in beside} if _directory else {}
     _note(path, Noted(before, value))  # a process that dies now has noted too much rather than nothing
     path.write_text(value)
@@ -114,7 +120,7 @@ def _load(file: Path) -> _Notes:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     here = _Notes(boot, Path("/proc/thread-self/ns/net").stat().st_ino, {})
     try:
-        found = msgspec.json.decode(file.read_bytes(), type=_Notes)
+        found = _NOTES.decode(file.read_bytes())
     except (FileNotFoundError, msgspec.MsgspecError):
         return here
     return found if (found.boot, found.network) == (here.boot, here.network) else here

@@ -76,6 +76,9 @@ INTERFACES = HOST_PREFIX.encode()
 PODS = Map(
     "pods", (Field.IIFNAME, Field.SOURCE), comment="each pod's interface, and the addresses it may send from"
 )
+LIMITED_PODS = Map(
+    "limited_pods", (Field.IIFNAME, Field.SOURCE), comment="the same of pods with a bandwidth limit"
+)
 BY_ADDRESS = Map(
     "host_ports_by_address",
     (Field.DESTINATION, Field.L4PROTO, Field.DPORT),
@@ -112,7 +115,7 @@ PRIORITY_HOST_PORTS = PRIORITY_DSTNAT + 5
 """After the service proxy's chains: its services and node ports come first."""
 
 ETHER_IPV4, ETHER_ARP, ETHER_IPV6 = b"\x08\x00", b"\x08\x06", b"\x86\xdd"
-ICMPV6 = bytes([58])
+TCP, ICMPV6 = bytes([6]), bytes([58])
 ROUTER_ADVERTISEMENT, NEIGHBOUR_ADVERTISEMENT, REDIRECT = 134, 136, 137
 FRAGMENT_HEADER = 44
 FE80_10 = bytes.fromhex("ffc0") + bytes(14)
@@ -145,7 +148,7 @@ def maps(family: TableFamily) -> tuple[Map, ...]:
     """Return the sets and maps of a family's table."""
     if family is BRIDGE:
         return (LIMITS, MACS, IPV4, IPV6, TARGETS)
-    return (LIMITS, PODS, BY_ADDRESS, BY_PORT, HAIRPIN)
+    return (LIMITS, PODS, LIMITED_PODS, BY_ADDRESS, BY_PORT, HAIRPIN)
 
 
 @functools.cache
@@ -192,7 +195,7 @@ def elements(pod: PodRules) -> Contents:
         _bridge_elements(found, name, bytes.fromhex(pod.mac.replace(":", "")), addresses, pod.egress)
     else:
         for family, address in addresses:
-            _put(found, family, PODS, name + address)
+            _put(found, family, LIMITED_PODS if pod.egress else PODS, name + address)
             if pod.egress:
                 _put(found, family, LIMITS, name, pod.egress)
     for family in Family:
@@ -292,9 +295,16 @@ def _packet_chains(family: Family) -> Iterator[Chain]:
 
 
 def _packet_rules(family: Family) -> Iterator[Rule]:
-    """Yield the rules of the ip or ip6 table, in packet order."""
-    yield _limit()
-    yield Rule("prerouting", (*_FROM_POD, Do(Verdict.GOTO, "pod")), "what pods send")
+    """Yield the rules of the ip or ip6 table, in packet order.
+
+    The first is for nearly all packets of pods, and in as few expressions as can be: each costs a request
+    0.05 us, and all rules together cost it 1.2 of 21 before there was this one.
+    """
+    load, wanted = _USUAL[family]
+    own = (_source(family, 4), Lookup(PODS.name), _ACCEPT)
+    yield Rule("prerouting", (*_FROM_POD, load, wanted, *own), "most of what pods send, from their address")
+    yield Rule("prerouting", (*_FROM_POD, Do(Verdict.GOTO, "pod")), "what else pods send")
+    yield _limit("pod")
     yield from _ipv4_guard() if family is Family.V4 else _ipv6_guard()
     yield from _translation(family)
 
@@ -302,14 +312,15 @@ def _packet_rules(family: Family) -> Iterator[Rule]:
 def _ipv4_guard() -> Iterator[Rule]:
     family = Family.V4
     yield Rule("pod", (*_loopback(family), *_DROP), "loopback addresses of the node (CVE-2020-8558)")
-    yield Rule("pod", (*_own(_source(family, 4), PODS), _ACCEPT), "from an address of the pod")
+    yield Rule("pod", (*_own(_source(family, 4), LIMITED_PODS), _ACCEPT), "from an address of the pod")
     yield Rule("pod", _DROP, "from any other: forged, or the pod is not known")
 
 
 def _ipv6_guard() -> Iterator[Rule]:
     yield from _no_router("pod")
     family, upper = Family.V6, Do(Verdict.GOTO, "pod_upper")
-    yield Rule("pod", (*_own(_source(family, 4), PODS), upper), "from an address of the pod")
+    for which in (PODS, LIMITED_PODS):
+        yield Rule("pod", (*_own(_source(family, 4), which), upper), "from an address of the pod")
     link_source = (_source(family), *_masked(FE80_10, LINK_LOCAL))
     unicast = (_destination(family), *_masked(FE80_10, LINK_LOCAL))
     yield Rule("pod", (*link_source, *unicast, upper), "link-local, to the node")
@@ -332,7 +343,7 @@ def _frame_rules() -> Iterator[Rule]:
     forged packet, PPPoE, spanning tree or LLDP, speaks to the bridge or to other pods in ways not checked
     here. The type is read from the frame, where a VLAN tag shows; `meta protocol` looks behind it.
     """
-    yield _limit()
+    yield _limit("prerouting")
     yield Rule("prerouting", (*_FROM_POD, Do(Verdict.GOTO, "pod")), "what pods send")
     ether_source = Payload(Base.LINK, 6, 6, 4)
     yield Rule("pod", (*_own(ether_source, MACS, invert=True), *_DROP), "from a MAC that is not the pod's")
@@ -362,9 +373,9 @@ def _frame_rules() -> Iterator[Rule]:
     yield from _upper_layer()
 
 
-def _limit() -> Rule:
+def _limit(chain: str) -> Rule:
     over: tuple[Expression, ...] = (Meta(MetaKey.IIFNAME), Lookup(LIMITS.name), *_DROP)
-    return Rule("prerouting", over, "beyond the bandwidth limit of the pod, which bypassed its own queue")
+    return Rule(chain, over, "beyond the bandwidth limit of the pod, which bypassed its own queue")
 
 
 def _no_router(chain: str) -> Iterator[Rule]:
@@ -469,6 +480,11 @@ def _transport_key(slot: int) -> tuple[Expression, ...]:
 
 
 _FROM_POD: tuple[Expression, ...] = (Meta(MetaKey.IIFNAME), Cmp(Compare.EQ, INTERFACES))
+_USUAL: dict[Family, tuple[Expression, Expression]] = {
+    Family.V4: (Payload(Base.NETWORK, Family.V4.destination_offset, 1, 5), Cmp(Compare.NEQ, LOOPBACK_V4, 5)),
+    Family.V6: (Meta(MetaKey.L4PROTO, 8), Cmp(Compare.EQ, TCP, 8)),
+}
+"""What most packets are: not to a loopback address; of a protocol that hides no ICMPv6."""
 _DROP: tuple[Expression, ...] = (Counter(), Do(Verdict.DROP))
 _ACCEPT, _RETURN = Do(Verdict.ACCEPT), Do(Verdict.RETURN)
 _TO_LINK_MULTICAST: tuple[Expression, ...] = (

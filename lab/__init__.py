@@ -7,7 +7,7 @@
 - `controller` plays the control plane: runs the pods of a file and publishes them as endpoints.
 - `echo` is the server in every pod: it answers with its name and the address it saw.
 - `cases` are the scenarios as data, and the judgement (pure); `probe` and `capture` observe real traffic.
-- `demo` deploys the sample, runs the cases and prints one table of verdicts.
+- `world` deploys the sample, `checks` runs the cases, `demo` prints one table of verdicts.
 
-    plan ──network──▶ Lab ──controller, runtime──▶ World ──cases, probe──▶ [Row] ──▶ table
+    plan ──network──▶ Lab ──world──▶ World ──checks: cases, probe──▶ [Row] ──demo──▶ table
 """

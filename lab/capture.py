@@ -1,15 +1,25 @@
-"""The packets of a connection, hop by hop: sockets in several namespaces, read in the kernel's time order."""
+"""The packets of a connection, hop by hop, and pods' packets that are where they must not be.
+
+The former are read from sockets in several namespaces, in the kernel's time order; the latter are counted by
+nftables on the router.
+"""
 
 from __future__ import annotations
 
+import json
 import socket
 import struct
-from collections.abc import Container, Iterator, Mapping
+import subprocess
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
+from lab.topology import POD_CIDRS, Backend, LabError, Topology, title
 from netlink import netns
 from netlink.family import Family, with_port
+from netlink.rtnl import Rtnl
 
 # linux/if_ether.h; asm-generic/socket.h (the old name: struct timespec of longs)
 ETH_P_ALL = 0x0003
@@ -17,6 +27,8 @@ FAMILIES = {0x0800: Family.V4, 0x86DD: Family.V6}
 SO_TIMESTAMPNS = 35
 TCP, SYN = 6, 0x02
 BUFFER = 1 << 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +58,22 @@ def stamping() -> Iterator[None]:
         yield
 
 
+Seen = tuple[tuple[int, int], "Hop"]  # the kernel's time in seconds and nanoseconds
+_watching: dict[str, socket.socket] = {}
+"""The sockets of this process's machine, by place."""
+
+
+class InPlace(Protocol):
+    """Calls a function on a place's machine, with the place's namespace and more arguments."""
+
+    def __call__(self, place: str, function: Callable[..., T], *args: Any) -> T:
+        """Return what the function does."""
+        ...
+
+
 @contextmanager
-def watch(namespaces: Mapping[str, str], ignore: Container[str] = ()) -> Iterator[list[Hop]]:
-    """Watch these places (name to namespace) during a block; the list is filled when the block ends.
+def watch(places: Sequence[str], at: InPlace, ignore: Sequence[str] = ()) -> Iterator[list[Hop]]:
+    """Watch these places during a block; the list is filled when the block ends, in order of time.
 
     `ignore` names interfaces whose packets do not count, such as the ports of a bridge.
 
@@ -56,17 +81,80 @@ def watch(namespaces: Mapping[str, str], ignore: Container[str] = ()) -> Iterato
     times unchanged, on one interface after the other, counts once.
     """
     hops: list[Hop] = []
-    with ExitStack() as sockets:
-        opened = {
-            place: sockets.enter_context(netns.run(namespace, _packets))
-            for place, namespace in namespaces.items()
-        }
+    seen: list[Seen] = []
+    with ExitStack() as opened:
+        for place in places:
+            at(place, begin, place)
+            opened.callback(partial(_collect, seen, at, place, ignore))
         yield hops
-        seen = [found for place, packets in opened.items() for found in _read(place, packets, ignore)]
     for _, hop in sorted(seen, key=lambda found: found[0]):
         previous = next((earlier for earlier in reversed(hops) if earlier.place == hop.place), None)
         if hop != previous:
             hops.append(hop)
+
+
+def _collect(seen: list[Seen], at: InPlace, place: str, ignore: Sequence[str]) -> None:
+    seen += at(place, end, place, ignore)
+
+
+def begin(namespace: str, place: str) -> None:
+    """Begin to watch a place."""
+    _watching[place] = netns.run(namespace, _packets)
+
+
+def end(_: str, place: str, ignore: Sequence[str]) -> list[Seen]:
+    """Stop watching a place; return what it saw."""
+    with _watching.pop(place) as packets:
+        return list(_read(place, packets, ignore))
+
+
+def count_bare(plan: Topology) -> None:
+    """Have the router count packets with a pod's address that nodes send.
+
+    Those that it is to forward; with backend vxlan also those from node to node on one segment, which pass
+    through its bridges.
+    """
+    chain = "bridge lab bare"
+    lines = ["add table bridge lab", f"add chain {chain} {{ type filter hook prerouting priority -300; }}"]
+    bridges = netns.run(plan.router, _bridges, plan)
+    own = "" if plan.backend is Backend.VXLAN else f"ether daddr {{ {bridges} }} "
+    for family, cidr in POD_CIDRS.items():
+        name, keyword = _counter(family), family.keyword
+        lines.append(f"add counter bridge lab {name}")
+        lines += [
+            f"add rule {chain} {own}{keyword} {end} {cidr} counter name {name}" for end in ("saddr", "daddr")
+        ]
+    netns.run(plan.router, _nft, "-f", "-", text="\n".join(lines))
+
+
+def bare(plan: Topology, family: Family) -> int:
+    """Return how often the router has seen a pod's address of a family since `count_bare`."""
+    said = netns.run(plan.router, _nft, "-j", "list", "counters", "table", "bridge", "lab")
+    found = (entry["counter"] for entry in json.loads(said)["nftables"] if "counter" in entry)
+    return sum(int(counter["packets"]) for counter in found if counter["name"] == _counter(family))
+
+
+def forget_bare() -> None:
+    """End what `count_bare` began."""
+    _nft("-f", "-", text="add table bridge lab\ndelete table bridge lab\n")
+
+
+def _bridges(plan: Topology) -> str:
+    """Return the MACs of the router's bridges: what hosts send to for it to forward."""
+    names = [port.name for port in plan.router_ports if port.bridge]
+    with Rtnl() as rtnl:
+        return ", ".join(link.mac for link in rtnl.links() if link.name in names)
+
+
+def _counter(family: Family) -> str:
+    return f"{title(family)}-pods"
+
+
+def _nft(*arguments: str, text: str = "") -> str:
+    done = subprocess.run(["nft", *arguments], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LabError(f"the router does not count packets: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _packets() -> socket.socket:

@@ -1,4 +1,4 @@
-"""What the demo expects: scenarios A to F as data, and how an observation is judged. Pure.
+"""What the demo expects: scenarios A to F and I as data, and how an observation is judged. Pure.
 
 A case names places (hosts, nodes, pods), never addresses: those are known only once a lab is up, and
 they are of the IP family that the case is run for.
@@ -13,9 +13,14 @@ from enum import Enum
 from math import sqrt
 
 from lab.probe import Answer, Failure, Result
+from lab.topology import Backend, Topology
+from netlink.family import Family
 
 SPREAD = 120
 SIGMAS = 5  # a fair choice strays further than this once in a million runs
+
+
+OUTSIDE = ("internet", "client", "neighbour", "router")
 
 
 class Check(Enum):
@@ -26,8 +31,17 @@ class Check(Enum):
     OUTLIVE = "outlive"  # the pod's namespace and address stay when its processes end
     GROW = "grow"  # one more endpoint is added, then as ASK
     LEAK = "leak"  # no service address reached the router unhandled
+    BARE = "bare"  # no pod's address was on a packet where packets of pods travel inside others
     HEALTH = "health"  # what each node tells a balancer of the service: a count of the servers on it
+    TURNS = "turns"  # requests are answered strictly in turns, and say in X-Forwarded-For whose they are
+    RETRIED = "retried"  # of the servers the last one has ended: the others answer in its place
     PATH = "path"  # the packets of one connection, hop by hop
+
+
+BY_PROXY = frozenset({Check.TURNS, Check.RETRIED})
+"""What the L7 proxy does."""
+ALONE = frozenset({Check.GROW, Check.PATH, Check.OUTLIVE, *BY_PROXY})
+"""What changes the cluster, watches all traffic, or counts on being the only client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +79,23 @@ class Case:
     @property
     def alone(self) -> bool:
         """Whether it must not run beside others: it changes the cluster or watches all traffic."""
-        return self.check in (Check.GROW, Check.LEAK, Check.PATH, Check.OUTLIVE)
+        return self.check in ALONE or self.last
+
+    @property
+    def last(self) -> bool:
+        """Whether it is about all that went before."""
+        return self.check in (Check.LEAK, Check.BARE)
+
+    @property
+    def at_hosts(self) -> bool:
+        """Whether it needs addresses of hosts of the family that it is run for.
+
+        A node without any has no route to a service address either, and so nothing that could be translated.
+        """
+        asked = self.way.partition("/")[0].partition(":")[0].partition(".")[0]
+        if self.source in OUTSIDE or asked == "lb" or (asked == "service" and _is_host(self.source)):
+            return True
+        return any(map(_is_host, (asked, *self.servers)))
 
     @property
     def name(self) -> str:
@@ -120,8 +150,11 @@ B = (
     _pod("B", "customer", "node2"),
     _pod("B", "customer", "node3"),
     _pod("B", "summary-2", "node1"),
+    _pod("B", "summary-2", "node2", "udp"),
+    _pod("B", "node3", "summary-1", "udp"),
 )
 
+BARE = Case("C", "router", (), "pod ranges", check=Check.BARE)
 SUMMARY = ("summary-1", "summary-2")
 C = (
     _pod("C", "customer", "database", "service/database"),
@@ -139,6 +172,7 @@ C = (
     Case("C", "neighbour", SUMMARY, "service/summary", ("node1",), SPREAD),  # from off the cluster
     Case("C", "customer", (*SUMMARY, "summary-3"), "service/summary", ("customer",), SPREAD, Check.GROW),
     Case("C", "router", (), "service range", check=Check.LEAK),
+    BARE,
 )
 
 D = (
@@ -192,9 +226,10 @@ FROM_CLIENT = ("client client node2", "router client node2", "node2 client node2
                "node2 node2 customer", "node1 node2 customer", "customer node2 customer")  # fmt: skip
 F = (
     _pod("F", "customer", "internet", seen="node1"),
-    _pod("F", "summary-1", "internet", seen="node2"),
+    _pod("F", "summary-1", "internet", seen="node2.second"),  # the address that node2 has for it
     _pod("F", "summary-2", "internet", seen="node3"),
     _pod("F", "customer", "internet", "udp", "node1"),
+    _pod("F", "summary-1", "internet", "udp", "node2.second"),
     _pod("F", "node1", "internet"),
     _pod("F", "summary-2", "summary-1"),  # cluster and node ranges are not masqueraded
     _pod("F", "summary-1", "node3"),
@@ -202,7 +237,28 @@ F = (
     Case("F", "client", ("customer",), "node2:30180", ("node2",), check=Check.PATH, hops=FROM_CLIENT),
 )
 
-CASES = A + B + C + D + E + F
+TURNS = 20
+PROXIED = (
+    Case("I", "customer", SUMMARY, "service/summary-l7", ("node1",), TURNS, Check.TURNS),
+    Case("I", "node1", SUMMARY, "service/summary-l7", ("node1",), TURNS, Check.TURNS),
+    Case("I", "summary-2", SUMMARY, "service/summary-l7", ("node3",), TURNS, Check.TURNS),
+    Case("I", "customer", SUMMARY, "service/summary-l7", ("node1",), TURNS, Check.RETRIED),
+    # Transparent: the pod sees the client's own address, on its node and on another one.
+    _pod("I", "customer", "database", "service/database-l7"),
+    _pod("I", "summary-1", "database", "service/database-l7"),
+    _pod("I", "summary-2", "database", "service/database-l7"),
+    # All others are balanced as before.
+    _pod("I", "customer", "database", "service/database"),
+)
+
+CASES = A + B + C + D + E + F + PROXIED
+
+
+def possible(case: Case, plan: Topology, family: Family) -> bool:
+    """Whether a case is about something that this lab has."""
+    if case.check is Check.BARE:
+        return plan.backend is not Backend.DIRECT
+    return family in plan.shared or not case.at_hosts
 
 
 def judge(case: Case, results: Sequence[Result], seen: Sequence[str]) -> tuple[str, str, bool]:
@@ -238,6 +294,10 @@ def fair_share(count: int, servers: int) -> tuple[int, int]:
     mean = count / servers
     margin = SIGMAS * sqrt(mean * (1 - 1 / servers))
     return max(1, int(mean - margin)), int(mean + margin) + 1
+
+
+def _is_host(place: str) -> bool:
+    return place in OUTSIDE or place.startswith("node")
 
 
 def _words(result: Result) -> str:

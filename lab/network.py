@@ -7,8 +7,10 @@ the machine's own namespace is never changed, and labs of different names cannot
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from lab.topology import (
     BALANCER_CIDRS,
     LOCAL_BALANCER_CIDRS,
     SERVICE_CIDRS,
+    Backend,
     Host,
     LabError,
     Node,
@@ -32,10 +35,13 @@ from netlink import netns
 from netlink.family import Family
 from netlink.requests import Route, Veth, address_add, bridge_add, link_set, link_up, route_replace, veth_add
 from netlink.rtnl import Rtnl
+from proxy.l7.engine import Engine
+from proxy.l7.render import Settings
 
 MTU = 1500
 READY_SECONDS = 20.0
 HEALTH_PORT = 10256
+EGRESS = "podwire.io/egress-address"
 FORWARDING = {Family.V4: "ipv4/ip_forward", Family.V6: "ipv6/conf/all/forwarding"}
 SYSCTL = Path("/proc/sys/net")
 
@@ -58,10 +64,38 @@ def build(plan: Topology) -> None:
         netns.run(plan.router, _build_router, plan, handles)
     for host in plan.hosts:
         netns.run(host.namespace, _build_host, host)
-    to_pods = [hop for node in plan.nodes for hop in zip(node.pod_cidrs, node.addresses, strict=True)]
-    netns.run(plan.router, _set_routes, to_pods + _to_balancers(plan))
-    to_services = [(SERVICE_CIDRS[family], plan.nodes[0].address(family)) for family in plan.families]
-    netns.run(plan.host("neighbour").namespace, _set_routes, to_services)
+    netns.run(plan.router, _set_routes, to_pods(plan) + to_balancers(plan))
+    netns.run(plan.host("neighbour").namespace, _set_routes, to_services(plan))
+
+
+def build_inside(plan: Topology) -> None:
+    """Make the hosts that are namespaces of the router's machine, and their cables. Runs on that machine."""
+    hosts = [host for host in plan.hosts if host.name not in plan.machines]
+    for host in hosts:
+        netns.create(host.namespace)
+    with ExitStack() as files, Rtnl() as rtnl:
+        _cable(rtnl, hosts, {host.name: files.enter_context(netns.opened(host.namespace)) for host in hosts})
+        index = {link.name: link.index for link in rtnl.links()}
+        own = [port for port in plan.router_ports if port.name in {host.name for host in hosts}]
+        rtnl.commit(*(address_add(index[p.name], address) for p in own for address in p.addresses))
+    for host in hosts:
+        netns.run(host.namespace, _build_host, host)
+    netns.run(plan.host("neighbour").namespace, _set_routes, to_services(plan))
+
+
+def to_pods(plan: Topology) -> list[tuple[str, str]]:
+    """Return the router's routes to pods, which it has with backend direct only."""
+    return [
+        (cidr, node.address(family))
+        for node in plan.nodes
+        for family, cidr in zip(plan.families, node.pod_cidrs, strict=True)
+        if plan.backend is Backend.DIRECT and family in plan.underlay.families
+    ]
+
+
+def to_services(plan: Topology) -> list[tuple[str, str]]:
+    """Return the neighbour's routes to the service ranges, by node1."""
+    return [(SERVICE_CIDRS[family], plan.nodes[0].address(family)) for family in plan.shared]
 
 
 def remove(name: str, root: Path = state.ROOT) -> bool:
@@ -74,6 +108,7 @@ def remove(name: str, root: Path = state.ROOT) -> bool:
     namespaces = [path.name for path in netns.DIRECTORY.glob(f"{namespace_prefix(name)}*")]
     found = bool(namespaces) or directory.exists()
     process.stop(directory.rglob("*.pid"))
+    _end_proxies(directory)
     for namespace in namespaces:
         netns.delete(namespace)
     shutil.rmtree(directory, ignore_errors=True)
@@ -82,6 +117,14 @@ def remove(name: str, root: Path = state.ROOT) -> bool:
         if root == state.ROOT:
             root.parent.rmdir()
     return found
+
+
+def _end_proxies(directory: Path) -> None:
+    """End the L7 proxies of a lab's nodes: they go on without their daemons."""
+    for folder in directory.glob("*/l7"):
+        proxy = Engine(Settings(folder))
+        if proxy.adopt():
+            proxy.stop()
 
 
 def up(plan: Topology, root: Path = state.ROOT) -> Lab:
@@ -132,6 +175,9 @@ def daemon_command(lab: Lab, node: Node) -> list[str]:
         "--state-dir": lab.node_dir(node.name) / "state",
         "--socket": lab.socket(node.name),
         "--mode": lab.plan.mode.value,
+        "--backend": lab.plan.backend.value,
+        "--proxy-mode": lab.plan.proxy_mode.value,
+        "--l7-access-log": lab.node_dir(node.name) / "l7.log",
     }
     words = [str(word) for option in options.items() for word in option]
     # On every address of a node, not only on those in its Node object: a lab shows both kinds.
@@ -145,12 +191,35 @@ def daemon(lab: Lab, node: str) -> process.Process | None:
     return found if found is not None and found.alive else None
 
 
+def pid(lab: Lab, node: str) -> int | None:
+    """Return the pid of a node's daemon; None when it does not run."""
+    found = daemon(lab, node)
+    return found.pid if found else None
+
+
+def log(lab: Lab, node: str) -> str:
+    """Return what a node's daemon wrote."""
+    return lab.log(node).read_text(errors="replace")
+
+
+def execute(lab: Lab, place: str, namespace: str, command: list[str]) -> int:
+    """Run a command in a namespace, with our standard streams; return its exit status, as a shell would.
+
+    Raises FileNotFoundError when there is no such command.
+    """
+    code = netns.run(namespace, lambda: subprocess.run(command, check=False).returncode)
+    return code if code >= 0 else 128 - code
+
+
 def node_object(node: Node) -> state.Json:
     """Return the Kubernetes Node object of a lab's node; the cluster's first family comes first in it."""
+    metadata: state.Json = {"name": node.name, "labels": {"kubernetes.io/hostname": node.name}}
+    if node.egress:
+        metadata["annotations"] = {EGRESS: ",".join(node.egress)}
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": node.name, "labels": {"kubernetes.io/hostname": node.name}},
+        "metadata": metadata,
         "spec": {"podCIDR": node.pod_cidrs[0], "podCIDRs": list(node.pod_cidrs)},
         "status": {
             "addresses": [
@@ -191,35 +260,44 @@ def _install(lab: Lab, node: Node) -> None:
 
 def _build_router(plan: Topology, handles: dict[str, int]) -> None:
     """Inside the router: its bridges, a cable to every host, its addresses, and forwarding."""
-    for family in plan.families:
+    for family in plan.underlay.families:
         (SYSCTL / FORWARDING[family]).write_text("1")
     _trust_addresses("default")
     with Rtnl() as rtnl:
         rtnl.commit(link_up(_index(rtnl, "lo")))
         rtnl.commit(*(bridge_add(port.name) for port in plan.router_ports if port.bridge))
-        rtnl.commit(
-            *(veth_add(Veth(h.name, "eth0", peer_netns=handles[h.name], mtu=MTU)) for h in plan.hosts)
-        )
+        _cable(rtnl, plan.hosts, handles)
         index = {link.name: link.index for link in rtnl.links()}
         rtnl.commit(
-            *(link_set(index[h.name], master=index[h.segment]) for h in plan.hosts if h.segment),
-            *(address_add(index[p.name], address) for p in plan.router_ports for address in p.addresses),
+            *(address_add(index[p.name], address) for p in plan.router_ports for address in p.addresses)
         )
 
 
-def _to_balancers(plan: Topology) -> list[tuple[str, str]]:
+def _cable(rtnl: Rtnl, hosts: Sequence[Host], handles: dict[str, int]) -> None:
+    """Give each host a cable, into the bridge of its segment if it has one."""
+    rtnl.commit(*(veth_add(Veth(h.name, "eth0", peer_netns=handles[h.name], mtu=MTU)) for h in hosts))
+    index = {link.name: link.index for link in rtnl.links()}
+    rtnl.commit(*(link_set(index[h.name], master=index[h.segment]) for h in hosts if h.segment))
+
+
+def to_balancers(plan: Topology) -> list[tuple[str, str]]:
     """Return the router's routes to the load balancers' addresses: to node2, with policy Local to node1."""
     first, second = plan.nodes[0], plan.nodes[min(1, len(plan.nodes) - 1)]
     return [
         (cidrs[family], node.address(family))
         for cidrs, node in ((BALANCER_CIDRS, second), (LOCAL_BALANCER_CIDRS, first))
-        for family in plan.families
+        for family in plan.shared
     ]
 
 
 def _build_host(host: Host) -> None:
-    """Inside a host: loopback, eth0 with its addresses, and the router as the way to everywhere."""
+    """Inside a host: loopback, eth0 with its addresses, and the router as the way to everywhere.
+
+    Nodes are as strict about where packets come from as some distributions are.
+    """
     _trust_addresses("eth0")
+    for scope in ("all", "default") if isinstance(host, Node) else ():
+        (SYSCTL / "ipv4/conf" / scope / "rp_filter").write_text("1")
     with Rtnl() as rtnl:
         eth0 = _index(rtnl, "eth0")
         rtnl.commit(link_up(_index(rtnl, "lo")), link_up(eth0))

@@ -43,14 +43,15 @@ def fetch(
 
     Stops at the first that fails: a hundred time-outs in a row tell nothing more.
     """
+    return netns.run(namespace, fetch_here, address, port, count, timeout)
 
-    def work() -> list[Result]:
-        results: list[Result] = []
-        while len(results) < count and not (results and isinstance(results[-1], Failure)):
-            results.append(_get(address, port, timeout))
-        return results
 
-    return netns.run(namespace, work)
+def fetch_here(address: str, port: int, count: int = 1, timeout: float = TIMEOUT_SECONDS) -> list[Result]:
+    """Do what `fetch` does in the namespace of this thread."""
+    results: list[Result] = []
+    while len(results) < count and not (results and isinstance(results[-1], Failure)):
+        results.append(_get(address, port, timeout))
+    return results
 
 
 def datagram(namespace: str, address: str, port: int, timeout: float = TIMEOUT_SECONDS) -> Result:

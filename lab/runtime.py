@@ -28,7 +28,7 @@ from netlink.requests import link_up
 from netlink.rtnl import Rtnl
 
 PLUGIN_SECONDS = 60
-SERVE_SECONDS = 5.0
+SERVE_SECONDS = 20.0
 POD_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?")
 
 
@@ -80,17 +80,17 @@ def add(lab: Lab, spec: PodSpec) -> Pod:
     A failure leaves nothing: DEL, then the namespace goes. Raises LabError, PluginError for the plugin's.
     """
     namespace, record = _names(lab, spec)
-    node_dir = lab.node_dir(spec.node)
-    pod = Pod(spec, namespace, secrets.token_hex(32), find_conflist(node_dir / "cni/net.d"))
+    conflist = lab.call(spec.node, find_conflist, lab.cni_conf(spec.node))
+    pod = Pod(spec, namespace, secrets.token_hex(32), conflist)
     if record.exists():
         raise LabError(f"{spec.node} has a pod {spec.name!r} already; `podwire lab pod rm` removes it")
     with ExitStack() as undo:
         try:
-            netns.create(namespace)
+            lab.call(spec.node, netns.create, namespace)
         except FileExistsError:
             raise LabError(f"namespace {namespace} exists already, and no pod's record names it") from None
         undo.callback(_discard, lab, pod, record)
-        netns.run(namespace, _loopback_up)
+        lab.call(spec.node, netns.run, namespace, _loopback_up)
         _keep(pod, record)  # before ADD: should we die, `pod rm` still knows what to DEL
         pod = replace(pod, result=_chain(lab, pod, "ADD"))
         _keep(pod, record)
@@ -102,10 +102,10 @@ def add(lab: Lab, spec: PodSpec) -> Pod:
 def remove(lab: Lab, pod: Pod) -> None:
     """End a pod's processes, DEL, and remove its namespace. A failed DEL keeps the record for another try."""
     _, record = _names(lab, pod.spec)
-    process.stop(record.parent.glob(f"{pod.spec.name}@*.pid"))
+    _end_servers(lab, pod, record)
     _chain(lab, pod, "DEL")
-    netns.delete(pod.netns)
-    _forget(pod, record)
+    lab.call(pod.spec.node, netns.delete, pod.netns)
+    record.unlink(missing_ok=True)
 
 
 def check(lab: Lab, pod: Pod) -> None:
@@ -117,7 +117,8 @@ def serve(lab: Lab, pod: Pod, ports: Sequence[int]) -> None:
     """Start one echo server in the pod on these ports and wait until it answers."""
     if not ports:
         return
-    serve_in(pod.netns, (pod.spec.name, pod.spec.node), ports, server_file(lab, pod, ports[0]))
+    identity = pod.spec.name, pod.spec.node
+    lab.call(pod.spec.node, serve_in, pod.netns, identity, ports, server_file(lab, pod, ports[0]))
 
 
 def server_file(lab: Lab, pod: Pod, port: int) -> Path:
@@ -198,7 +199,7 @@ def _chain(lab: Lab, pod: Pod, command: str) -> Json | None:
 
 def _execute(lab: Lab, pod: Pod, command: str, binary: str, config: Json) -> str:
     """Execute one plugin in the node's namespace and return what it printed."""
-    directory = lab.node_dir(pod.spec.node) / "cni/bin"
+    directory = lab.cni_bin(pod.spec.node)
     arguments = {
         "IgnoreUnknown": "1",
         "K8S_POD_NAMESPACE": pod.spec.namespace,
@@ -216,25 +217,40 @@ def _execute(lab: Lab, pod: Pod, command: str, binary: str, config: Json) -> str
     }
     who = f"CNI {command} of {pod.spec.name}: plugin {binary}"
     try:
-        done = netns.run(
+        done = lab.call(
+            pod.spec.node,
+            netns.run,
             lab.plan.node(pod.spec.node).namespace,
-            lambda: subprocess.run(
-                [directory / binary],
-                env=environment,
-                input=json.dumps(config),
-                capture_output=True,
-                text=True,
-                timeout=PLUGIN_SECONDS,
-                check=False,
-            ),
+            _run,
+            directory / binary,
+            environment,
+            json.dumps(config),
         )
-    except subprocess.TimeoutExpired:
-        raise PluginError(f"{who} did not finish in {PLUGIN_SECONDS} s") from None
     except OSError as error:
         raise PluginError(f"{who} cannot be executed: {error.strerror}") from None
-    if done.returncode:
-        raise _plugin_error(who, done.stdout, done.stderr)
-    return done.stdout
+    if done is None:
+        raise PluginError(f"{who} did not finish in {PLUGIN_SECONDS} s")
+    code, stdout, stderr = done
+    if code:
+        raise _plugin_error(who, stdout, stderr)
+    return stdout
+
+
+def _run(program: Path, environment: dict[str, str], text: str) -> tuple[int, str, str] | None:
+    """Run a plugin; return its exit status and what it printed, or None when it takes too long."""
+    try:
+        done = subprocess.run(
+            [program],
+            env=environment,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=PLUGIN_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.returncode, done.stdout, done.stderr
 
 
 def _plugin_error(who: str, stdout: str, stderr: str) -> PluginError:
@@ -249,11 +265,22 @@ def _plugin_error(who: str, stdout: str, stderr: str) -> PluginError:
 
 def _discard(lab: Lab, pod: Pod, record: Path) -> None:
     """Undo a failed `add`, going on past a DEL that fails too: the first error is the one to report."""
-    process.stop(record.parent.glob(f"{pod.spec.name}@*.pid"))
+    _end_servers(lab, pod, record)
     with _reported(f"pod {pod.spec.name}"):
         _chain(lab, pod, "DEL")
-    netns.delete(pod.netns)
-    _forget(pod, record)
+    lab.call(pod.spec.node, netns.delete, pod.netns)
+    record.unlink(missing_ok=True)
+
+
+def _end_servers(lab: Lab, pod: Pod, record: Path) -> None:
+    lab.call(pod.spec.node, _stop_servers, record.parent, pod.spec.name)
+
+
+def _stop_servers(directory: Path, pod: str) -> None:
+    """End a pod's servers, and remove what they wrote."""
+    process.stop(directory.glob(f"{pod}@*.pid"))
+    for log in directory.glob(f"{pod}@*.log"):
+        log.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -286,12 +313,6 @@ def _loopback_up() -> None:
 
 def _keep(pod: Pod, record: Path) -> None:
     state.write_json(record, asdict(pod))
-
-
-def _forget(pod: Pod, record: Path) -> None:
-    for log in record.parent.glob(f"{pod.spec.name}@*.log"):
-        log.unlink(missing_ok=True)
-    record.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> Pod:

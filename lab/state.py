@@ -12,26 +12,54 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import yaml
 
-from lab.topology import IpFamily, LabError, Mode, Topology, plan
+from lab.machines import Here, Machines
+from lab.topology import (
+    Backend,
+    Between,
+    Driver,
+    IpFamily,
+    LabError,
+    Mode,
+    ProxyMode,
+    Topology,
+    apart,
+    plan,
+)
 
 ROOT = Path("/run/podwire/lab")
 
+ON_NODES = Path("/etc/podwire/manifests")
+"""The folder of manifests of a node that is a machine of its own."""
+
 Json = dict[str, Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Lab:
-    """A lab's plan and its directory."""
+    """A lab's plan, its directory, and where its functions run.
+
+    The directory has the same name on all machines; on each is what its own processes need.
+    """
 
     plan: Topology
     root: Path
+    machines: Machines = field(default_factory=Here)
+
+    @property
+    def apart(self) -> bool:
+        """Whether nodes are machines of their own, with podwire where the documentation puts it."""
+        return self.plan.driver is not Driver.NETNS
 
     @property
     def manifests(self) -> Path:
@@ -48,7 +76,19 @@ class Lab:
 
     def socket(self, node: str) -> Path:
         """Where the node's daemon answers the CNI binary and `podwire status`."""
-        return self.node_dir(node) / "podwire.sock"
+        return Path("/run/podwire/podwire.sock") if self.apart else self.node_dir(node) / "podwire.sock"
+
+    def cni_conf(self, node: str) -> Path:
+        """Where the node's container runtime finds the conflist."""
+        return Path("/etc/cni/net.d") if self.apart else self.node_dir(node) / "cni/net.d"
+
+    def cni_bin(self, node: str) -> Path:
+        """Where the node's container runtime finds plugins."""
+        return Path("/opt/cni/bin") if self.apart else self.node_dir(node) / "cni/bin"
+
+    def call(self, place: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function on the machine of the router or a host."""
+        return self.machines.call(self.plan.machine(place), function, *args, **kwargs)
 
 
 def directory(name: str, root: Path = ROOT) -> Path:
@@ -65,6 +105,10 @@ def save(lab: Lab) -> None:
         "far": lab.plan.far_nodes,
         "mode": lab.plan.mode.value,
         "ip_family": lab.plan.ip_family.value,
+        "backend": lab.plan.backend.value,
+        "underlay": lab.plan.underlay.value,
+        "proxy_mode": lab.plan.proxy_mode.value,
+        "driver": lab.plan.driver.value,
     }
     write_json(lab.root / "lab.json", fields)
 
@@ -77,7 +121,25 @@ def load(name: str, root: Path = ROOT) -> Lab:
     except FileNotFoundError:
         raise LabError(f"there is no lab named {name!r}; `podwire lab up --name {name}` makes it") from None
     mode, ip_family = Mode(fields["mode"]), IpFamily(fields["ip_family"])
-    return Lab(plan(fields["name"], fields["nodes"], fields["far"], mode, ip_family), path)
+    between = Between(Backend(fields["backend"]), IpFamily(fields["underlay"]))
+    found = plan(fields["name"], fields["nodes"], fields["far"], mode, ip_family, between)
+    found = replace(found, proxy_mode=ProxyMode(fields["proxy_mode"]))
+    driver = Driver(fields["driver"])
+    if driver is Driver.NETNS:
+        return Lab(found, path)
+    from lab.remote import Remote
+
+    return Lab(apart(found, driver), path, Remote(partial(agent_command, path)))
+
+
+def agent_command(root: Path, machine: str) -> list[str]:
+    """Return what starts a machine's agent."""
+    return [*ssh_command(root, machine), "/opt/podwire/bin/python", "-m", "lab.agent"]
+
+
+def ssh_command(root: Path, machine: str, *options: str) -> list[str]:
+    """Return how a lab's machine is reached."""
+    return ["ssh", "-F", str(root / "ssh_config"), *options, machine]
 
 
 def names(root: Path = ROOT) -> list[str]:
@@ -104,8 +166,17 @@ def write_manifest(lab: Lab, document: Json) -> None:
     meta = document["metadata"]
     parts = [document["kind"].lower(), meta.get("namespace", ""), meta["name"]]
     path = lab.manifests / f"{'-'.join(filter(None, parts))}.yaml"
-    if not path.exists() or json.loads(path.read_text()) != document:
-        write_json(path, document)
+    if path.exists() and json.loads(path.read_text()) == document:
+        return
+    write_json(path, document)
+    if lab.apart:
+        with ThreadPoolExecutor(len(lab.plan.nodes)) as pool:
+            list(
+                pool.map(
+                    lambda node: lab.call(node.name, write_json, ON_NODES / path.name, document),
+                    lab.plan.nodes,
+                )
+            )
 
 
 def manifests(lab: Lab, kind: str) -> Iterable[Json]:

@@ -4,23 +4,26 @@
     neighbour ───── lan0 ──┤ router (bridges │
     far node(s) ─── lan1 ──┘ live inside it) └─ client    198.51.100.10  2001:db8:51::10
 
-The router carries one route per pod range, as a cloud's route table does, so that a far node is a
-node across a router. It has no route to the service ranges: a service address that leaves a node
-unhandled dies there and is counted. It leads the range of the load balancers' addresses to node2, as
+A far node is a node across the router. With backend direct the router carries one route per pod range, as
+a cloud's route table does; otherwise it knows the nodes' subnets only, and pods' packets have to cross it
+inside others. It has no route to the service ranges: a service address that leaves a node unhandled dies
+there and is counted. It leads the range of the load balancers' addresses to node2, as
 if that node had announced them, and to node1 the addresses that services with the policy Local have:
 a balancer sends only where the endpoints are. The neighbour is a machine on lan0 that is no node and reaches
 the service ranges through node1.
 
-A lab has IPv4, IPv6 or both, on every host; what differs is a row in a table here.
+A lab has IPv4, IPv6 or both, on every host and for every pod; the hosts may have another family than the
+pods. What differs is a row in a table here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from lab.machines import OWN
 from netlink.family import Family
 
 SERVICE_CIDRS = {Family.V4: "10.96.0.0/16", Family.V6: "fd00:10:96::/112"}
@@ -62,8 +65,35 @@ class Mode(Enum):
     BRIDGE = "bridge"
 
 
+class Backend(Enum):
+    """How the daemons lead to other nodes' pods: see `podwire daemon --backend`."""
+
+    AUTO = "auto"
+    DIRECT = "direct"
+    VXLAN = "vxlan"
+
+
+class ProxyMode(Enum):
+    """What services are made of in the nodes' kernels: see `podwire daemon --proxy-mode`."""
+
+    NFTABLES = "nftables"
+    IPTABLES = "iptables"
+
+
+class Driver(Enum):
+    """What the hosts of a lab are."""
+
+    NETNS = "netns"  # network namespaces of this machine
+    QEMU = "qemu"  # virtual machines
+
+    @property
+    def patience(self) -> int:
+        """How much longer than in namespaces things may take: emulated processors are slow."""
+        return 1 if self is Driver.NETNS else 8
+
+
 class IpFamily(Enum):
-    """Which addresses everything in a lab has."""
+    """Which addresses pods and services, or hosts, have."""
 
     IPV4 = "ipv4"
     IPV6 = "ipv6"
@@ -77,6 +107,14 @@ class IpFamily(Enum):
             IpFamily.IPV6: (Family.V6,),
             IpFamily.DUAL: (Family.V4, Family.V6),
         }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """The network between the nodes: how pods' packets cross it, and which addresses hosts have."""
+
+    backend: Backend = Backend.AUTO
+    underlay: IpFamily | None = None  # None: as the pods
 
 
 def title(family: Family) -> str:
@@ -118,7 +156,7 @@ class Host:
     namespace: str
     segment: str  # the bridge in the router it hangs on, or "" for a cable of its own
     number: int  # the last part of its addresses
-    subnets: tuple[Subnet, ...]  # one per family of the lab
+    subnets: tuple[Subnet, ...]  # one per family of the hosts
 
     def address(self, family: Family) -> str:
         """Return its address; LabError when the lab has none of that family."""
@@ -150,20 +188,29 @@ class Node(Host):
     """A host that runs a daemon."""
 
     index: int  # node1 is 1
+    families: tuple[Family, ...]  # of its pods
 
     @property
     def pod_cidrs(self) -> tuple[str, ...]:
         """The node's pod ranges, one per family."""
-        return tuple(NODE_POD_CIDR[subnet.family].format(self.index) for subnet in self.subnets)
+        return tuple(NODE_POD_CIDR[family].format(self.index) for family in self.families)
+
+    def range_address(self, family: Family) -> str:
+        """Return the address of the pod range itself: the node's own, by which far pods see it."""
+        return NODE_POD_CIDR[family].format(self.index).partition("/")[0]
 
     def pod_gateway(self, family: Family) -> str:
         """Return the first address of the pod range: the bridge's own in bridge mode."""
-        network = NODE_POD_CIDR[family].format(self.index).partition("/")[0]
-        return network.removesuffix("0") + "1"
+        return self.range_address(family).removesuffix("0") + "1"
 
     def second(self, family: Family) -> str:
         """Return another local address of eth0, to show that any will do."""
         return self._subnet(family).address(self.number + 100)
+
+    @property
+    def egress(self) -> tuple[str, ...]:
+        """What its pods' packets to the outside are from, if not its usual addresses: node2 shows that."""
+        return tuple(self.second(subnet.family) for subnet in self.subnets) if self.index == 2 else ()
 
     @property
     def interfaces(self) -> tuple[str, ...]:
@@ -189,18 +236,54 @@ class RouterPort:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A whole lab as a value; make it with `plan`."""
+    """A whole lab as a value; make it with `plan`.
+
+    Addresses do not depend on `proxy_mode`: `replace` makes the same lab with another one. `apart` gives it
+    machines.
+    """
 
     name: str
     mode: Mode
     ip_family: IpFamily
+    underlay: IpFamily
+    backend: Backend
     nodes: tuple[Node, ...]
     others: tuple[Host, ...]  # neighbour, internet, client
+    proxy_mode: ProxyMode = ProxyMode.NFTABLES
+    driver: Driver = Driver.NETNS
 
     @property
     def families(self) -> tuple[Family, ...]:
-        """The IP families that everything in the lab has."""
+        """The IP families that pods and services have."""
         return self.ip_family.families
+
+    @property
+    def shared(self) -> tuple[Family, ...]:
+        """The families that pods and hosts have: without translation they can meet in these only."""
+        return tuple(family for family in self.families if family in self.underlay.families)
+
+    @property
+    def about(self) -> str:
+        """What kind of lab it is, in words."""
+        over = f" over {titles(self.underlay.families)}" if self.underlay is not self.ip_family else ""
+        pods = f"{self.mode.value} pods, {titles(self.families)}{over}"
+        on = (
+            ""
+            if self.driver is Driver.NETNS
+            else f", on {len(self.machines)} machines by {self.driver.value}"
+        )
+        return f"{pods}, backend {self.backend.value}, proxy mode {self.proxy_mode.value}{on}"
+
+    def tunnelled(self, one: Node, other: Node, family: Family) -> bool:
+        """Whether pods' packets of a family go from one node to another inside others.
+
+        Backend auto does without a tunnel on one segment; by an IPv6 address also IPv4 is sent there, but not
+        the other way round.
+        """
+        if self.backend is Backend.AUTO:
+            lacking = family is Family.V6 and Family.V6 not in self.underlay.families
+            return one.segment != other.segment or (lacking and one != other)
+        return self.backend is Backend.VXLAN and one != other
 
     @property
     def prefix(self) -> str:
@@ -210,7 +293,16 @@ class Topology:
     @property
     def router(self) -> str:
         """The router's namespace."""
-        return f"{self.prefix}router"
+        return f"{self.prefix}router" if self.driver is Driver.NETNS else OWN
+
+    @property
+    def machines(self) -> tuple[str, ...]:
+        """The machines of a lab that has some, the router first."""
+        return ("router", *(node.name for node in self.nodes), "client")
+
+    def machine(self, place: str) -> str:
+        """Return the machine of the router or a host; `internet` and `neighbour` are on the router's."""
+        return place if place in self.machines else "router"
 
     @property
     def hosts(self) -> tuple[Host, ...]:
@@ -269,6 +361,7 @@ def plan(
     far: int | None = None,
     mode: Mode = Mode.ROUTED,
     ip_family: IpFamily = IpFamily.IPV4,
+    between: Between = Between(),
 ) -> Topology:
     """Return the plan of a lab of `nodes` nodes of which the last `far` are across the router.
 
@@ -282,21 +375,46 @@ def plan(
         far = 1 if nodes >= 3 else 0
     if not 0 <= far < nodes:
         raise LabError(f"--far {far} must be from 0 to {nodes - 1}: node1 is on the near segment")
-    families = ip_family.families
+    underlay = between.underlay or ip_family
+    lacking = [family for family in ip_family.families if family not in underlay.families]
+    if between.backend is Backend.DIRECT and far and lacking:
+        raise LabError(
+            f"--backend direct to nodes across the router needs hosts with {titles(lacking)} addresses"
+        )
     segments = ["lan1" if i > nodes - far else "lan0" for i in range(1, nodes + 1)]
     return Topology(
         name,
         mode,
         ip_family,
-        tuple(_node(name, i, segment, families) for i, segment in enumerate(segments, 1)),
-        tuple(_others(name, families)),
+        underlay,
+        between.backend,
+        tuple(
+            Node(
+                f"node{i}",
+                f"{namespace_prefix(name)}node{i}",
+                segment,
+                10 + i,
+                _subnets(segment, underlay.families),
+                i,
+                ip_family.families,
+            )
+            for i, segment in enumerate(segments, 1)
+        ),
+        tuple(_others(name, underlay.families)),
     )
 
 
-def _node(lab: str, index: int, segment: str, families: tuple[Family, ...]) -> Node:
-    name = f"node{index}"
-    return Node(
-        name, f"{namespace_prefix(lab)}{name}", segment, 10 + index, _subnets(segment, families), index
+def apart(plan: Topology, driver: Driver) -> Topology:
+    """Return the same lab on machines: nodes, router and client each have one."""
+
+    def own(host: Host) -> str:
+        return OWN if host.name in plan.machines else host.namespace
+
+    return replace(
+        plan,
+        driver=driver,
+        nodes=tuple(replace(node, namespace=own(node)) for node in plan.nodes),
+        others=tuple(replace(host, namespace=own(host)) for host in plan.others),
     )
 
 

@@ -19,7 +19,5 @@ if "pyroute2" not in sys.modules:
 
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.ndmsg import ndmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-__all__ = ["ifaddrmsg", "ifinfmsg", "ndmsg", "rtmsg"]
+__all__ = ["ifaddrmsg", "ifinfmsg"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
+from netlink import entries
 from netlink.attributes import parse
+from netlink.entries import Forwarding, Neighbour
 from netlink.errors import NetlinkError
 from netlink.messages import (
     NLM_F_ACK,
@@ -19,25 +22,37 @@ from netlink.messages import (
     split,
 )
 from netlink.requests import (
+    ADDRESS,
+    LINK,
+    RT_TABLE_MAIN,
     RTM_GETADDR,
     RTM_GETLINK,
     RTM_GETNEIGH,
     RTM_GETROUTE,
+    RTM_GETRULE,
+    RTN_UNICAST,
+    RULE,
     Request,
     Route,
+    Rule,
+    address_query,
+    forwarding_query,
     link_query,
+    neighbour_query,
     proxy_query,
     route_query,
+    routes_query,
 )
 
 if TYPE_CHECKING:
-    from netlink.decode import Address, Link, Neighbour
+    from netlink.decode import Address, Link
 
 IFLA_OPERSTATE, IF_OPER_UNKNOWN, IF_OPER_UP = 16, b"\0", b"\6"  # linux/if_link.h, linux/if.h
 RTN_LOCAL = 2  # linux/rtnetlink.h
 _LINK_HEADER, _ROUTE_KIND = 16 + 16, 16 + 7  # behind nlmsghdr: length of ifinfomsg; rtm_type in rtmsg
-ANY_FAMILY = bytes(16)
-"""A dump's body: all zeroes ask for everything."""
+EVERYTHING = {RTM_GETLINK: bytes(LINK.size), RTM_GETADDR: bytes(ADDRESS.size), RTM_GETRULE: bytes(RULE.size)}
+"""A dump's body by its kind: all zeroes ask for everything."""
+SOL_NETLINK, NETLINK_GET_STRICT_CHK = 270, 12
 RECEIVE_BYTES = 1 << 18
 WRITE_REQUESTS = 64
 """The answers to one write must fit the receive buffer: each takes about 1 kB of its 208."""
@@ -55,12 +70,21 @@ class Rtnl:
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
         )
         self._socket.bind((0, 0))
+        # Since Linux 4.20 the kernel selects what a dump asks for, if it is told to check it; before, it
+        # sends all. So answers are looked through here too.
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+    @property
+    def port(self) -> int:
+        """The socket's netlink port id: notifications of changes that it asked for carry it."""
+        return int(self._open().getsockname()[0])
 
     def commit(self, *requests: Request) -> None:
         """Apply requests in order; NetlinkError names the first that is refused.
@@ -136,37 +160,43 @@ class Rtnl:
         """All addresses, or those of one interface."""
         from netlink import decode
 
-        found = map(decode.address, self.dump(RTM_GETADDR))
+        found = map(decode.address, self.dump(RTM_GETADDR, address_query(index)))
         return tuple(a for a in found if index in (None, a.index))
 
-    def routes(self, protocol: int | None = None) -> tuple[Route, ...]:
-        """Routes of the main table, or those of one route protocol number."""
-        from netlink import decode
+    def routes(self, protocol: int | None = None, table: int = RT_TABLE_MAIN) -> tuple[Route, ...]:
+        """Routes of a table, or those of one route protocol number in it."""
+        messages = self.dump(RTM_GETROUTE, routes_query(table, protocol))
+        found = (entries.route(m) for m in messages if not entries.is_cached(m))
+        return tuple(r for r in found if r and r.table == table and protocol in (None, r.protocol))
 
-        found = map(decode.route, self.dump(RTM_GETROUTE))
-        return tuple(r for r in found if r and protocol in (None, r.protocol))
+    def rules(self) -> tuple[Rule, ...]:
+        """Policy rules of our protocol number."""
+        return tuple(r for r in map(entries.rule, self.dump(RTM_GETRULE)) if r)
 
     def route_to(self, address: str) -> Route | None:
-        """Ask the kernel which way it sends packets to an address; None when it cannot."""
-        from netlink import decode
+        """Ask the kernel which way it sends packets to an address; None when it cannot, or has it itself.
 
+        The source is the address that it would send from, the MTU includes what it has learned of the path.
+        """
         try:
-            return decode.route(self._ask(RTM_GETROUTE, route_query(address), f"find the route to {address}"))
+            found = self._ask(RTM_GETROUTE, route_query(address), f"find the route to {address}")
         except NetlinkError:
             return None
+        return entries.route(found) if found[_ROUTE_KIND] == RTN_UNICAST else None
 
-    def neighbours(self) -> tuple[Neighbour, ...]:
-        """All neighbour entries of IPv4 and IPv6."""
-        from netlink import decode
+    def neighbours(self, index: int | None = None) -> tuple[Neighbour, ...]:
+        """Neighbour entries of IPv4 and IPv6, all or those of an interface."""
+        found = map(entries.neighbour, self.dump(RTM_GETNEIGH, neighbour_query(index)))
+        return tuple(n for n in found if n and index in (None, n.index))
 
-        return tuple(n for n in map(decode.neighbour, self.dump(RTM_GETNEIGH)) if n)
+    def forwarding(self, index: int) -> tuple[Forwarding, ...]:
+        """Forwarding entries of a VXLAN device."""
+        found = map(entries.forwarding, self.dump(RTM_GETNEIGH, forwarding_query(index)))
+        return tuple(entry[1] for entry in found if entry and entry[0] == index)
 
     def proxies(self) -> tuple[tuple[int, str], ...]:
         """All addresses that interfaces answer for, as (interface index, address)."""
-        from netlink import decode
-
-        found = (decode.neighbour(m) for m in self.dump(RTM_GETNEIGH, proxy_query()))
-        return tuple((n.index, n.address) for n in found if n)
+        return tuple(p for p in map(entries.proxy, self.dump(RTM_GETNEIGH, proxy_query())) if p)
 
     def _ask(self, kind: int, body: bytes, what: str) -> bytes:
         """Return the one message that answers a question."""
@@ -179,10 +209,13 @@ class Rtnl:
                     raise NetlinkError(error_code(message), f"cannot {what}")
                 return message
 
-    def dump(self, kind: int, body: bytes = ANY_FAMILY) -> list[bytes]:
-        """Return all messages of a kind (RTM_GET…); a dump that changed under way is asked for again."""
+    def dump(self, kind: int, body: bytes | None = None) -> list[bytes]:
+        """Return all messages of a kind (RTM_GET…), or those that the body selects.
+
+        A dump that changed under way is asked for again.
+        """
         while True:
-            self._send(self._frame(kind, NLM_F_DUMP, body))
+            self._send(self._frame(kind, NLM_F_DUMP, EVERYTHING[kind] if body is None else body))
             found: list[bytes] = []
             interrupted = done = False
             while not done:
@@ -204,11 +237,13 @@ class Rtnl:
         return pack(kind, flags, self._sequence, body)
 
     def _send(self, data: bytes) -> None:
-        if self._socket is None:
-            raise RuntimeError("the netlink socket is not open")
-        self._socket.send(data)
+        self._open().send(data)
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         """Yield (type, flags, sequence, whole message) of the next datagram."""
-        assert self._socket is not None
-        yield from split(self._socket.recv(RECEIVE_BYTES))
+        yield from split(self._open().recv(RECEIVE_BYTES))
+
+    def _open(self) -> socket.socket:
+        if self._socket is None:
+            raise RuntimeError("the netlink socket is not open")
+        return self._socket

@@ -20,12 +20,21 @@ class Line(NamedTuple):
 
 
 def told(
-    before: Snapshot, after: Snapshot, services: Iterable[ObjectName], *, nodes: bool, endpoints: bool
+    before: Snapshot,
+    after: Snapshot,
+    services: Iterable[ObjectName],
+    nodes: Iterable[str],
+    *,
+    endpoints: bool,
 ) -> list[Line]:
-    """Return what to log of a change: of the services named, and of `nodes` and `endpoints` if asked for."""
+    """Return what to log of a change of the services and nodes named, and of `endpoints` if asked for."""
     found = [
         *(line for name in sorted(services) for line in _service(before, after, name, endpoints)),
-        *(_nodes(before.nodes, after.nodes) if nodes else ()),
+        *(
+            line
+            for name in sorted(nodes)
+            for line in _node(name, before.nodes.get(name), after.nodes.get(name))
+        ),
     ]
     if len(found) <= MOST:
         return found
@@ -49,15 +58,14 @@ def _service(before: Snapshot, after: Snapshot, name: ObjectName, endpoints: boo
         yield Line("endpoints changed", {"service": str(name), **usable}, important=False)
 
 
-def _nodes(before: Mapping[str, Node], after: Mapping[str, Node]) -> Iterator[Line]:
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if old == new:
-            continue
-        if new is None:
+def _node(name: str, old: Node | None, new: Node | None) -> Iterator[Line]:
+    if new is None:
+        if old is not None:
             yield Line("node removed", {"node": name})
-            continue
+    elif old != new:
         facts = {"node": name, "podCIDRs": ",".join(new.pod_cidrs), "addresses": ",".join(new.addresses)}
+        if new.egress_addresses:
+            facts["egress"] = ",".join(new.egress_addresses)
         yield Line("node added" if old is None else "node changed", facts)
 
 

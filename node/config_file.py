@@ -21,19 +21,8 @@ from msgspec.inspect import StructType, VarTupleType
 
 from ipam.pools import IpamConfig
 from ipam.ranges import RangeError
-from node.config import (
-    KUBERNETES,
-    PRIMARY,
-    AddressPool,
-    ConfigError,
-    Configuration,
-    Ipam,
-    Option,
-    bare,
-    build,
-    ipam_of,
-    options,
-)
+from node.config import ConfigError, Option, bare, build, ipam_of, options
+from node.config_keys import KUBERNETES, PRIMARY, AddressPool, Configuration, Ipam
 
 LARGEST = 1 << 20  # bytes of a file; what is larger is another file
 MOST_PROBLEMS = 20
@@ -318,6 +307,9 @@ def _between(configuration: Configuration, name: _Names) -> Iterator[str]:
     ports = configuration.services.node_port_addresses
     if PRIMARY in ports and len(ports) > 1:
         yield name.problem("services.nodePortAddresses", f" {PRIMARY} stands alone: it is no range")
+    egress = {6 if ":" in address else 4: address for address in pods.egress_addresses}
+    if len(egress) < len(pods.egress_addresses):
+        yield name.problem("pods.egressAddresses", " has more than one address of a family")
     if ipam.file and msgspec.structs.replace(ipam, file="") != Ipam():
         yield name.problem("ipam.file", " stands alone: the file has what the other keys of ipam would say")
     yield from _wrong_claims(configuration, name)

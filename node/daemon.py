@@ -9,11 +9,12 @@ import contextlib
 import ctypes
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -28,24 +29,30 @@ from cni.rules import RulesError
 from cni.settings import Mode
 from ipam.ledger import Ledger, LedgerError, State
 from ipam.pools import groups
-from node import logs, underlay, web
-from node.config import ConfigError, Configuration, changes, taken_over
+from node import logs, web
+from node.annotations import AnnotationFile
+from node.config import ConfigError, changes, taken_over
+from node.config_keys import Configuration
 from node.healthchecks import HealthChecks
 from node.keeper import Keeper
 from node.kube.api import Api
 from node.kube.claims import cluster_ranges
 from node.kube.upkeep import Upkeep, View
+from node.l7 import L7
+from node.l7_stats import L7Stats
 from node.logs import fields
 from node.metrics import Followed, Metrics, Questions
 from node.notify import Notifier
 from node.pacing import Pacer
 from node.server import CniService, InspectService, Report, serving
+from node.settings import Settings
 from node.sources import saved
 from node.sources.kubernetes import Cluster, KubernetesConfig
 from node.sources.manifests import Manifests
 from node.store import Pending, Store
 from node.syncer import SyncConfig, Syncer
-from proxy.nftables.dataplane import Dataplane
+from proxy.l7.engine import Engine
+from proxy.l7.render import Settings as L7Settings
 
 log = logging.getLogger("podwire")
 
@@ -66,6 +73,7 @@ class DaemonConfig:
 
     Objects come from the API server that `kubernetes` names, or else from the folder `source`.
     `cni_conf_dir` is where the conflist goes once pods can be added; None leaves that to `podwire install`.
+    `l7` is how HAProxy runs; None: it does not.
     `configuration` is where all of it comes from, and `reload` reads that again; it raises ConfigError.
     """
 
@@ -76,7 +84,7 @@ class DaemonConfig:
     metrics_address: str
     healthz_address: str
     cni_conf_dir: Path | None = None
-    tcp_be_liberal: bool = False
+    l7: L7Settings | None = None
     kubernetes: KubernetesConfig | None = None
     configuration: Configuration = field(default_factory=Configuration)
     reload: Callable[[], DaemonConfig] | None = None
@@ -99,9 +107,12 @@ class Daemon:
         self._trimmed = False
         self._source = self._make_source()
         self._upkeep: Upkeep | None = None
+        self._l7 = L7(Engine(config.l7), self._store.again) if config.l7 else None
         self._source_failed = False
         self._sync_problem = ""
         self._announced = False  # the conflist is written
+        self._published: Mapping[str, str | None] = {}
+        self._annotations = AnnotationFile(config.state_dir, config.sync.node)
 
     def run(self) -> int:
         """Run until SIGTERM or SIGINT; return the exit status."""
@@ -115,17 +126,23 @@ class Daemon:
             if ledger.reclaimed:
                 log.info("attachments of an earlier boot were freed", extra=fields(number=ledger.reclaimed))
             sysctls.keep_in(config.state_dir)  # what they were, for `podwire cleanup`
-            liberal = underlay.be_liberal() if config.tcp_be_liberal else []
-            for problem in (*underlay.forward_packets(), *liberal):
+            settings = Settings()
+            for problem in settings.assert_all(liberal=config.sync.tcp_be_liberal):
                 log.warning("%s", problem)
             rules = stack.enter_context(rules_for(ledger))
             reaper = stack.enter_context(Reaper(ledger, config.state_dir, rules))
             reaper.recover()
-            syncer = stack.enter_context(Syncer(config.sync, ledger))
+            if self._l7:
+                self._l7.start()
+                stack.callback(self._l7.stop)
+            syncer = stack.enter_context(Syncer(config.sync, ledger, settings=settings, l7=self._l7))
             self._health = stack.enter_context(HealthChecks(self._ready))
             self._upkeep = self._make_upkeep(syncer)
             report = Report(self._ready, lambda: self._problems(syncer), lambda: self._source.described)
-            inspect = InspectService(config.sync, ledger, syncer, report)
+            l7 = L7Stats(self._l7) if self._l7 else None
+            if l7:
+                self._metrics.proxy(l7)
+            inspect = InspectService(config.sync, ledger, syncer, report, l7)
             keeper = Keeper(
                 rules,
                 intact=syncer.intact,
@@ -153,6 +170,8 @@ class Daemon:
             stack.callback(self._stop.set)
             self._sync_until_stopped(syncer, keeper)
             self._notifier.stopping()
+            if self._l7 and os.getpid() == 1:  # a container ends with all that is in it
+                self._leave_proxy(syncer, self._l7)
         log.info("stopped; rules, routes and pods stay as they are")
         return 1 if self._source_failed else 0
 
@@ -174,6 +193,7 @@ class Daemon:
             snapshot=lambda: syncer.snapshot if source.complete and self._synced.is_set() else None,
             ready=lambda: syncer.status.ready and self._synced.is_set(),
             problems=lambda: self._problems(syncer),
+            annotations=lambda: syncer.wireguard.annotations,
         )
         flat = self._config.sync.mode is Mode.FLAT  # its pods have addresses of the outside
         ranges = () if flat else cluster_ranges(kubernetes.cluster_cidrs, kubernetes.mask_sizes)
@@ -202,27 +222,32 @@ class Daemon:
         """Return what is wrong, in sentences."""
         own = (self._sync_problem,) if self._sync_problem else ()
         kept = self._upkeep.problems if self._upkeep else ()
-        return (*own, *self._source.problems, *kept, *syncer.status.problems, *self._health.problems)
+        proxy = self._l7.problems if self._l7 else ()
+        found = (*own, *self._source.problems, *kept, *self._annotations.problems, *syncer.status.problems)
+        return (*found, *proxy, *self._health.problems)
 
     def _sync_until_stopped(self, syncer: Syncer, keeper: Keeper) -> None:
         wait = RETRY_SECONDS[0]
         while not self._stop.is_set():
             pending = self._pending or self._store.take(0.2, self._pacer.gather())
-            self._tell(syncer)
-            if again := self._reloaded(syncer) or syncer.again():  # also while changes keep coming
-                pending = _with_nodes(pending) or again
             self._pending = pending
             try:
+                self._tell(syncer)
+                if again := self._reloaded(syncer) or syncer.again():  # also while changes keep coming
+                    self._pending = pending = _compared(pending) or again
                 if not keeper.look():
-                    pending = _with_nodes(pending) or syncer.compare()
+                    pending = _compared(pending) or syncer.compare()
                 if pending is None:
                     syncer.rest()
                     self._trim()
                     continue
                 self._sync(syncer, pending)
-            except (OSError, LedgerError, RulesError) as error:
-                log.error("sync failed, trying again in %.1f s: %s", wait, error)
-                self._sync_problem = f"the last change is not in the kernel: {error}"
+            except Exception as error:  # a fault of ours, too, must not end the node's network
+                known = isinstance(error, OSError | LedgerError | RulesError)
+                log.error("sync failed, trying again in %.1f s: %s", wait, error, exc_info=not known)
+                self._sync_problem = (
+                    f"the last change is not in the kernel: {error if known else repr(error)}"
+                )
                 self._metrics.failed()
                 self._stop.wait(wait)
                 wait = min(wait * 2, RETRY_SECONDS[1])
@@ -230,6 +255,14 @@ class Daemon:
             else:
                 self._pending, wait = None, RETRY_SECONDS[0]
                 self._sync_problem = ""
+
+    def _leave_proxy(self, syncer: Syncer, l7: L7) -> None:
+        """Lead services that can do without the L7 proxy past it, which is about to end."""
+        pending = replace(syncer.compare(), services=l7.leave(), compare=False)
+        try:
+            syncer.sync(pending)
+        except (OSError, LedgerError, RulesError) as error:
+            log.error("services of the L7 proxy are refused until it is back: %s", error)
 
     def _trim(self) -> None:
         """Once, when nothing goes on: give back what the first load needed and does not leave behind."""
@@ -277,6 +310,11 @@ class Daemon:
             masquerade=after.sync.masquerade,
             ipam=after.sync.ipam,
             node_port_addresses=after.sync.node_port_addresses,
+            backend=after.sync.backend,
+            network_mtu=after.sync.network_mtu,
+            tunnel=after.sync.tunnel,
+            rotate_days=after.sync.rotate_days,
+            egress=after.sync.egress,
         )
         logs.set_level(after.configuration.logs.level)
         running = taken_over(before.configuration, after.configuration)
@@ -297,8 +335,7 @@ class Daemon:
         if not full:
             self._pacer.synced(seconds)
         self._health.update(syncer.health_checks, syncer.served_addresses)
-        if self._upkeep and (first or pending.nodes):
-            self._upkeep.wake()
+        self._publish(syncer, anew=first or bool(pending.nodes))
         if first:
             self._synced.set()
             counts = fields(services=syncer.status.services, elements=syncer.elements)
@@ -307,6 +344,15 @@ class Daemon:
             # The runtime believes in a network from here on.
             log.info("wrote %s", install.install_conflist(self._config.cni_conf_dir))
             self._announced = True
+
+    def _publish(self, syncer: Syncer, *, anew: bool) -> None:
+        """Have our Node object say what it is to say of this node."""
+        wanted, nodes = syncer.wireguard.annotations, syncer.snapshot.nodes
+        if self._upkeep is None:
+            self._annotations.keep(wanted, syncer.wireguard.lacking(nodes))
+        elif anew or wanted != self._published:
+            self._upkeep.wake()
+        self._published = wanted
 
     def _ready(self) -> bool:
         """Whether the first snapshot is in the kernel and changes are not stuck."""
@@ -344,7 +390,7 @@ class Daemon:
             return 200, "text/plain; version=0.0.4; charset=utf-8", self._metrics.page()
 
         def proxy_mode() -> tuple[int, str, bytes]:
-            return web.text(Dataplane.name)
+            return web.text(syncer.config.dataplane)
 
         return {"/healthz": healthz, "/livez": livez, "/metrics": metrics, "/proxyMode": proxy_mode}
 
@@ -356,9 +402,9 @@ def _forget_stale_flows(ledger: Ledger, reaper: Reaper) -> None:
             reaper.settle(attachment)
 
 
-def _with_nodes(pending: Pending | None) -> Pending | None:
+def _compared(pending: Pending | None) -> Pending | None:
     """Return a change that has everything looked at as well."""
-    return replace(pending, nodes=True) if pending else None
+    return replace(pending, compare=True) if pending else None
 
 
 def _merged(failed: Pending, newer: Pending | None) -> Pending:
@@ -368,9 +414,10 @@ def _merged(failed: Pending, newer: Pending | None) -> Pending:
     return Pending(
         newer.snapshot,
         failed.services | newer.services,
-        failed.nodes or newer.nodes,
+        failed.nodes | newer.nodes,
         failed.since,
         (*failed.triggered, *newer.triggered),
+        failed.compare or newer.compare,
     )
 
 

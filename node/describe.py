@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from api import podwire_pb2 as pb
 from netlink.conntrack import Conntrack
 from netlink.family import with_port
+from node.l7_stats import NOTHING, Counted, L7View, Seen
 from proxy.explain import explain
 from proxy.frontends import Action, Frontend, FrontendKey, Origin
+from proxy.l7.policy import ANNOTATIONS
+from proxy.l7.stats import Totals
 from proxy.model import EndpointSlice, Service
 from proxy.topology import Place
 
 Connections = Counter[tuple[FrontendKey, str, int]]
 """How many connections each endpoint, an address and port, has by each frontend."""
+
+NAME = re.compile(r"[a-z0-9.-]+/[a-z0-9-]+")
+"""Objects named in a sentence."""
+L7_TOTALS = tuple(name for name in Totals._fields if name in pb.L7Figures.DESCRIPTOR.fields_by_name)
+"""What is told of all that is counted."""
 
 
 def summary(service: Service, slices: Sequence[EndpointSlice], own: Iterable[Frontend]) -> pb.Service:
@@ -86,6 +95,77 @@ def frontend(some: Frontend) -> pb.Frontend:
         restricted=some.sources is not None,
         sources=some.sources or (),
     )
+
+
+def proxied(seen: Seen) -> pb.L7Service:
+    """Return what the L7 proxy does for a service port in a family."""
+    backend, times = seen.backend, seen.times
+    endpoints = dict.fromkeys(server.target for server in backend.servers)
+    endpoints.update(dict.fromkeys(at for at, (_, now) in seen.servers.items() if now))  # also those leaving
+    return pb.L7Service(
+        service=backend.service,
+        family=f"IPv{backend.family.value}",
+        backend=backend.name,
+        protocol=backend.protocol.value,
+        balance=backend.policy.balance.value,
+        state=seen.state.value,
+        why=seen.why,
+        addresses=(with_port(r.address or "nodeport", r.port) for r in backend.routes),
+        figures=l7_figures(seen.own),
+        p50=times.quantile(0.5) if times else 0,
+        p90=times.quantile(0.9) if times else 0,
+        p99=times.quantile(0.99) if times else 0,
+        endpoints=(_l7_endpoint(at, seen.servers.get(at, NOTHING)) for at in endpoints),
+    )
+
+
+def in_short(view: L7View) -> str:
+    """Return how far the L7 proxy serves what asks for it; "" where nothing does."""
+    if not view.backends:
+        return ""
+    served = len(view.served & view.backends.keys()) if view.up else 0
+    words = f"{served} of {len(view.backends)} service ports are served by HAProxy"
+    return words if view.up else f"{words}, which does not run"
+
+
+def _l7_endpoint(address: str, counted: Counted) -> pb.L7Endpoint:
+    now = counted.now
+    return pb.L7Endpoint(
+        address=address,
+        state=now.status if now else "",
+        check=f"{now.check} {now.checked}".strip() if now else "",
+        figures=l7_figures(counted),
+    )
+
+
+def l7_figures(counted: Counted) -> pb.L7Figures:
+    """Return what was counted."""
+    totals, now = counted
+    alike = {name: getattr(totals, name) for name in L7_TOTALS}
+    return pb.L7Figures(
+        **alike, connections_now=now.connections if now else 0, queued_now=now.queued if now else 0
+    )
+
+
+def refused(problem: str) -> pb.L7Service | None:
+    """Return the service whose annotation for the L7 proxy a sentence refuses; None of other sentences."""
+    if not any(key in problem for key in ANNOTATIONS):
+        return None
+    name = NAME.search(problem.partition("annotations[")[0])
+    return pb.L7Service(service=name[0] if name else "", state="refused", why=problem)
+
+
+def sections(configuration: str, backends: Collection[str]) -> str:
+    """Return the sections of some backends in HAProxy's configuration."""
+    found: list[str] = []
+    wanted = False
+    for line in configuration.splitlines():
+        if line and not line[0].isspace():  # a comment there is about what follows
+            kind, _, name = line.partition(" ")
+            wanted = kind == "backend" and name.strip() in backends
+        if wanted:
+            found.append(line)
+    return "\n".join(found).rstrip() + "\n" if found else ""
 
 
 def count(own: Sequence[Frontend]) -> Connections:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from netlink.family import Family
-from node.xtables import Rule, TableState, Variant, edit, place
+from netlink.xtables import Rule, TableState, Variant, edit, place
 
 SHOWN = 5
 """Names in a sentence, before it says how many more there are."""

@@ -3,7 +3,8 @@
 - `parse_ip_vs` reads /proc/net/ip_vs; `kube_proxys` decides whose a virtual server is. Pure.
 - `Ipvs` is the interface kube-ipvs0 with the virtual servers; `Sets` are the ipsets that its chains name.
 
-Sets are listed and removed over netlink (linux/netfilter/ipset/ip_set.h), virtual servers by ipvsadm.
+Sets are listed and removed over netlink (linux/netfilter/ipset/ip_set.h), as virtual servers are removed
+(netlink.ipvs); these are read from /proc, which loads no module.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from typing import NamedTuple
 
 from netlink.attributes import attribute, number, parsed, text
 from netlink.errors import NetlinkError
-from netlink.family import with_port
+from netlink.family import Family, with_port
+from netlink.ipvs import Command, Request, Virtual
+from netlink.ipvs import Ipvs as Kernel
 from netlink.messages import NLM_F_ACK, NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR, error_code, pack, split
 from netlink.requests import link_delete
 from netlink.rtnl import Rtnl
 from node.leftover_chains import counted
-from node.xtables import run
+from proxy.ipvs.places import DEVICE
 
 INTERFACE = "kube-ipvs0"
+PROTOCOLS = {"TCP": socket.IPPROTO_TCP, "UDP": socket.IPPROTO_UDP, "SCTP": socket.IPPROTO_SCTP}
 SET_SECONDS = 3.0
 """How long a removed rule of the nft variant may hold its set: the kernel frees rules after the commit."""
 
@@ -78,9 +82,9 @@ class Ipvs:
         return f"interface {INTERFACE}{servers}"
 
     def remove(self) -> None:
-        """Take away the virtual servers (XtablesError), then the interface, by which they are known."""
+        """Take away the virtual servers, then the interface, by which they are known. Raises NetlinkError."""
         if self.servers:
-            run("ipvsadm", "--restore", stdin=ipvsadm_text(self.servers))
+            _delete_servers(self.servers)
         with Rtnl() as rtnl:
             if rtnl.link(INTERFACE):
                 rtnl.commit(link_delete(INTERFACE))
@@ -111,12 +115,33 @@ def find_ipvs(proc: Path, remarks: list[str]) -> Iterator[Ipvs]:
         servers = ()
     with Rtnl() as rtnl:
         link = rtnl.link(INTERFACE)
-        addresses = rtnl.addresses(link.index) if link else ()
-    proxys = kube_proxys(servers, frozenset(str(ip_interface(a.cidr).ip) for a in addresses))
-    if rest := len(servers) - len(proxys):
+        bound, ours = (_bound(rtnl, name) for name in (INTERFACE, DEVICE))
+    # Our own dataplane takes over virtual servers that kube-proxy has made.
+    proxys = tuple(s for s in kube_proxys(servers, bound) if s.address not in ours)
+    if rest := sum(s.address not in ours for s in servers) - len(proxys):
         remarks.append(f"left alone, not known to be kube-proxy's: {counted(rest, 'virtual server')} of IPVS")
     if link:
         yield Ipvs(proxys)
+
+
+def _bound(rtnl: Rtnl, name: str) -> frozenset[str]:
+    """Return the addresses of an interface; none, if it is not there."""
+    link = rtnl.link(name)
+    addresses = rtnl.addresses(link.index) if link else ()
+    return frozenset(str(ip_interface(a.cidr).ip) for a in addresses)
+
+
+def _delete_servers(servers: Iterable[Server]) -> None:
+    """Remove virtual servers; one that is gone is fine."""
+    with Kernel() as kernel:
+        for server in servers:
+            family = Family(ip_address(server.address).version)
+            virtual = Virtual(family, PROTOCOLS[server.protocol], server.address, server.port)
+            try:
+                kernel.commit([Request(Command.DEL_SERVICE, virtual)])
+            except NetlinkError as error:
+                if not error.gone:
+                    raise
 
 
 def find_sets() -> Iterator[Sets]:
@@ -154,12 +179,6 @@ def kube_proxys(servers: Iterable[Server], bound: frozenset[str]) -> tuple[Serve
         for s in servers
         if s.address in bound or (s.real and real.issuperset((s.protocol, *place) for place in s.real))
     )
-
-
-def ipvsadm_text(servers: Iterable[Server]) -> str:
-    """Return the input of ipvsadm --restore that takes them away."""
-    option = {"TCP": "-t", "UDP": "-u", "SCTP": "--sctp-service"}
-    return "".join(f"-D {option[server.protocol]} {server.place}\n" for server in servers)
 
 
 def _hexadecimal(place: str) -> tuple[str, int]:

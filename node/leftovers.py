@@ -25,9 +25,10 @@ from netlink.family import Family
 from netlink.nftables.batch import NftSocket
 from netlink.nftables.objects import Table
 from netlink.nftables.operations import DeleteTable
+from netlink.xtables import Variant, XtablesError, read
+from node.dataplanes import is_ours
 from node.leftover_chains import counted, select
 from node.leftover_ipvs import find_ipvs, find_sets
-from node.xtables import Variant, XtablesError, read
 
 PROC = Path("/proc")
 NFT_TABLE = "kube-proxy"
@@ -95,7 +96,8 @@ def survey(proc: Path = PROC, *, exact: bool = False) -> Survey:
     remarks: list[str] = []
     found: list[Leftover] = []
     for variant, family in itertools.product(Variant, Family):
-        for state in read(variant, family, proc, remarks, exact=exact):
+        states = read(variant, family, proc, remarks, exact=exact)
+        for state in () if is_ours(states) else states:
             if chains := select(state, remarks):
                 found.append(chains)
     found += _nft_tables()

@@ -23,6 +23,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from node.l7_metrics import L7Figures, described
+from node.l7_stats import L7Stats
 from node.store import Pending, Store
 from proxy.frontends import Action, Frontend, Origin
 
@@ -203,6 +205,10 @@ class Metrics:
         """Have these asked at each scrape from now on; without it their figures are absent."""
         self._registry.register(Asked(questions))
 
+    def proxy(self, stats: L7Stats) -> None:
+        """Have the L7 proxy's figures told at each scrape from now on."""
+        self._registry.register(L7Figures(stats))
+
     def described(self) -> tuple[Described, ...]:
         """Return all figures that there may be, for the documentation."""
         asked = Asked(Questions(dict, lambda: None, tuple, float))
@@ -211,6 +217,7 @@ class Metrics:
             *self._own,
             *(_described(metric, ("kind",)) for metric in asked.per_kind()),
             *(_described(metric, ()) for metric in plain),
+            *(_described(metric, labels) for metric, labels in described()),
         )
 
     def synced(self, pending: Pending, seconds: float, *, full: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -17,17 +16,19 @@ from api import podwire_pb2 as pb
 from api import podwire_pb2_grpc as rpc
 from cni.plugin import Plugin
 from ipam.ledger import Ledger
+from netlink.errors import NetlinkError
+from netlink.family import with_port
+from netlink.wireguard import Known
 from node import describe
+from node.backends.wireguard import NAMES
+from node.l7_stats import L7Stats
 from node.syncer import SyncConfig, Syncer
 from proxy.frontends import Frontend, owner_of
 from proxy.model import ObjectName
-from proxy.nftables.dataplane import Dataplane
 
 WORKERS = 16
 MESSAGE_BYTES = 64 << 20
 GRACE_SECONDS = 5.0
-NAME = re.compile(r"[a-z0-9.-]+/[a-z0-9-]+")
-"""Objects named in a sentence."""
 
 
 class Report(NamedTuple):
@@ -79,7 +80,7 @@ class CniService(rpc.CniServicer):
 
 
 class InspectService(rpc.InspectServicer):
-    """Tell what the daemon knows; change nothing."""
+    """Tell what the daemon knows; change nothing, but for WireGuard's keys."""
 
     def __init__(
         self,
@@ -87,11 +88,13 @@ class InspectService(rpc.InspectServicer):
         ledger: Ledger,
         syncer: Syncer,
         report: Report,
+        l7: L7Stats | None = None,
     ) -> None:
         self._config = config
         self._ledger = ledger
         self._syncer = syncer
         self._ready, self._problems, self._source = report
+        self._l7 = l7
 
     def Pods(self, request: pb.PodsRequest, context: object) -> pb.PodsReply:
         """List the attachments in the ledger."""
@@ -128,18 +131,26 @@ class InspectService(rpc.InspectServicer):
                 found.append(describe.summary(service, slices, mine))
             elif request.service == str(name):
                 found.append(describe.details(service, slices, mine, place))
-        problems = [(set(NAME.findall(sentence)), sentence) for sentence in self._problems()]
+        problems = [(set(describe.NAME.findall(sentence)), sentence) for sentence in self._problems()]
         for message in found:
             message.problems.extend(sentence for names, sentence in problems if message.name in names)
         return pb.ServicesReply(services=found)
 
     def Routes(self, request: pb.RoutesRequest, context: object) -> pb.RoutesReply:
         """List the routes to the pods of other nodes."""
-        routes = self._syncer.status.routes
+        names = self._syncer.interfaces
         return pb.RoutesReply(
             routes=(
-                pb.Route(destination=r.route.destination, via=r.route.gateway or "", node=r.node)
-                for r in routes
+                pb.Route(
+                    destination=hop.cidr,
+                    via=hop.route.gateway or "",
+                    node=hop.node,
+                    backend=hop.backend,
+                    device=names.get(hop.route.oif or 0, ""),
+                    mtu=hop.route.mtu,
+                    peer=hop.peer,
+                )
+                for hop in self._syncer.hops
             )
         )
 
@@ -150,7 +161,7 @@ class InspectService(rpc.InspectServicer):
             version=version("podwire"),
             node=self._config.node,
             mode=self._config.mode.value,
-            dataplane=Dataplane.name,
+            dataplane=self._syncer.dataplane,
             pod_cidrs=status.pod_cidrs,
             ready=self._ready() and status.ready,
             last_sync=status.last_sync,
@@ -159,7 +170,73 @@ class InspectService(rpc.InspectServicer):
             elements=self._syncer.elements,
             problems=self._problems(),
             source=self._source(),
+            backend=self._syncer.config.backend,
+            pod_mtu=status.pod_mtu,
+            vxlan_port=self._syncer.config.tunnel.port,
+            vxlan_id=self._syncer.config.tunnel.vni,
+            wireguard_port=self._syncer.config.tunnel.wireguard_port,
+            l7=describe.in_short(self._l7.view) if self._l7 else "",
         )
+
+    def L7(self, request: pb.L7Request, context: object) -> pb.L7Reply:
+        """Tell what the L7 proxy does for the services that ask for it, and for which it does nothing."""
+        services: list[pb.L7Service] = []
+        reply = pb.L7Reply()
+        if self._l7:
+            view, seen = self._l7.view, self._l7.seen()
+            services += map(describe.proxied, seen)
+            reply = pb.L7Reply(
+                running=view.up, reloads=view.reloads, restarts=view.restarts, problems=view.problems
+            )
+        services += filter(None, map(describe.refused, self._problems()))
+        services = [s for s in services if request.service in ("", s.service.partition(":")[0])]
+        if not request.configuration:
+            reply.services.extend(services)
+        elif self._l7:
+            text = self._l7.view.configuration()
+            names = {s.backend for s in services}
+            reply.configuration = describe.sections(text, names) if request.service else text
+        return reply
+
+    def Wireguard(self, request: pb.WireguardRequest, context: grpc.ServicerContext) -> pb.WireguardReply:
+        """Tell of WireGuard's keys and peers, as the devices have them at this moment."""
+        wireguard = self._syncer.wireguard
+        if not wireguard.used:
+            return pb.WireguardReply()
+        problems, peers = list(wireguard.problems), []
+        try:
+            used = {(hop.node, hop.tunnel) for hop in self._syncer.hops}
+            for name, known in zip(NAMES, self._syncer.wireguard_peers(), strict=True):
+                peers += [(node, name, one, (node, name) in used) for node, one in known.items()]
+        except NetlinkError as error:
+            problems.append(f"WireGuard: {error}")
+        return pb.WireguardReply(
+            used=True,
+            keys=[key for _, key in sorted(wireguard.keys.public.items())],
+            step=wireguard.rotation.step.value,
+            rotated=wireguard.rotation.finished,
+            problems=problems,
+            peers=(_peer(*peer) for peer in sorted(peers)),
+        )
+
+    def RotateWireguard(self, request: pb.RotateWireguardRequest, context: object) -> pb.RotateWireguardReply:
+        """Have WireGuard's keys of this node changed."""
+        return pb.RotateWireguardReply(refused=self._syncer.wireguard.ask())
+
+
+def _peer(node: str, device: str, known: Known, route: bool) -> pb.WireguardPeer:
+    peer = known.peer
+    return pb.WireguardPeer(
+        node=node,
+        device=device,
+        key=peer.key,
+        endpoint=with_port(*peer.endpoint) if peer.endpoint else "",
+        handshake=known.handshake,
+        received=known.received,
+        sent=known.sent,
+        allowed=sorted(peer.allowed),
+        route=route,
+    )
 
 
 @contextlib.contextmanager

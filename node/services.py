@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import ExitStack
 from typing import Self
+
+from msgspec import structs
 
 from netlink.conntrack import KEEPS_GOING, Backend, Conntrack, Destination
 from netlink.errors import NetlinkError
 from netlink.family import Family
-from netlink.nftables.batch import BatchError, Nft
+from node.dataplanes import NFTABLES, REFUSED, opened
 from node.healthchecks import HealthCheck, checks
+from node.leads import Leads, NoProxy
 from node.logs import fields
+from proxy.dataplane import Dataplane, NodeRanges
 from proxy.frontends import Frontend, behind, frontends, owner_of, title_of
+from proxy.l7.backends import with_proxied
+from proxy.l7.model import Backend as L7Backend
+from proxy.l7.model import Backends, Route
+from proxy.l7.places import PORT
 from proxy.model import EMPTY, ObjectName, Protocol, Snapshot
-from proxy.nftables.dataplane import Dataplane, NodeRanges
-from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
 from proxy.topology import Place
 
@@ -32,14 +38,27 @@ MOST_REFUSED = 20
 class ServiceProxy:
     """The service proxy of a node; used by one thread, the one that entered it.
 
-    `addresses` returns the node's own addresses, where node ports are.
+    `addresses` returns the node's own addresses, where node ports are; `kind` says what the rules are made
+    of (node.dataplanes); `l7` which services are for the L7 proxy now, and `port` where that listens;
+    `scheduler` how IPVS balances.
     """
 
-    def __init__(self, addresses: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        addresses: Callable[[], Iterable[str]],
+        kind: str = NFTABLES,
+        l7: Leads | None = None,
+        port: int = PORT,
+        scheduler: str = "rr",
+    ) -> None:
         self._addresses = addresses
+        self._kind, self._l7, self._port, self._scheduler = kind, l7 or NoProxy(), port, scheduler
+        self._asking: dict[ObjectName, tuple[L7Backend, ...]] = {}
+        self._asked: dict[ObjectName, tuple[str, ...]] = {}
+        self.backends: Backends = {}
+        """What services ask of the L7 proxy."""
         self._stack = ExitStack()
         self._dataplanes: dict[Family, Dataplane] = {}
-        self._tables: list[Nft] = []
         self._refused: dict[ObjectName, str] = {}
         self._place = Place("")
         self._checked: set[ObjectName] = set()
@@ -65,7 +84,7 @@ class ServiceProxy:
     @property
     def commits(self) -> int:
         """Batches that were committed."""
-        return sum(nft.commits for nft in self._tables)
+        return sum(d.commits for d in self._dataplanes.values())
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -77,7 +96,9 @@ class ServiceProxy:
         for family, dataplane in self._dataplanes.items():
             if not dataplane.intact():
                 log.warning(
-                    "somebody removed rules of table %s %s: setting them again", family.keyword, TABLE
+                    "somebody removed rules of services (%s, %s): setting them again",
+                    self._kind,
+                    family.keyword,
                 )
                 return False
         return True
@@ -86,6 +107,7 @@ class ServiceProxy:
         """Decide what the changed services look like now; all of them if the node's place changed."""
         if place != self._place:
             self._place, changed = place, snapshot.services.keys() | set(changed)
+        changed = set(changed)
         self._snapshot = snapshot
         changes: list[Change] = []
         for name in changed:
@@ -96,8 +118,34 @@ class ServiceProxy:
             else:
                 self._checked.discard(name)
             found = frontends(service, snapshot.slices.get(name, ()), place) if service else ()
+            self._asking.pop(name, None)
+            if service and service.policy:
+                found, self._asking[name] = with_proxied(service, found, self._l7.leads)
             changes += self.table.replace(name, found)
+        holders = (f.service for c in changes for f in (c.old, c.new) if f)
+        self._note_backends({*changed, *map(owner_of, holders)})
         return changes
+
+    def _note_backends(self, services: Set[ObjectName]) -> None:
+        """Note what services ask of the L7 proxy; an address that another one has leads to none of it."""
+        touched = services & (self._asking.keys() | self._asked.keys())
+        if not touched:
+            return
+        found = dict(self.backends)
+        for name in touched:
+            before = {n: found.pop(n) for n in self._asked.pop(name, ())}
+            asked = {
+                b.name: structs.replace(b, routes=tuple(filter(self._held(b), b.routes)))
+                for b in self._asking.get(name, ())
+            }
+            if asked:
+                self._asked[name] = tuple(asked)
+            found |= {n: before[n] if before.get(n) == b else b for n, b in asked.items()}
+        self.backends = found
+
+    def _held(self, backend: L7Backend) -> Callable[[Route], bool]:
+        """Return whether the service of a backend has a route."""
+        return lambda r: self.table.holder(r.family, r.address, Protocol.TCP, r.port) == backend.service
 
     @property
     def health_checks(self) -> dict[int, HealthCheck]:
@@ -114,21 +162,21 @@ class ServiceProxy:
         """
         loaded, self._loaded = self._loaded and families <= self._dataplanes.keys(), False
         for family in families - self._dataplanes.keys():
-            nft = self._stack.enter_context(Nft(family, TABLE))
-            self._tables.append(nft)
-            self._dataplanes[family] = Dataplane(nft)
+            self._dataplanes[family] = self._stack.enter_context(
+                opened(self._kind, family, self._port, self._scheduler)
+            )
         self._ranges = ranges or self._ranges
         self._unsettled |= {c.key[:4] for c in changes}
         if loaded:
             try:
                 self._change(changes, ranges)
-            except BatchError as error:
+            except REFUSED as error:
                 log.warning("the kernel has not what was left there, comparing everything: %s", error)
                 loaded = False
         if not loaded:
             try:
                 self._load()
-            except BatchError as error:
+            except REFUSED as error:
                 self._leave_out(error)
         self._loaded = True
         if not loaded:
@@ -142,7 +190,7 @@ class ServiceProxy:
             try:
                 for dataplane in self._dataplanes.values():
                     dataplane.tidy()
-            except BatchError as error:
+            except REFUSED as error:
                 log.warning("somebody changed what was to be removed, comparing everything: %s", error)
                 self.compare()
 
@@ -166,7 +214,7 @@ class ServiceProxy:
                 moved = dataplane.apply(own, ranges)
                 log.debug("service proxy changed", extra=fields(family=family.keyword, elements=moved))
 
-    def _leave_out(self, error: BatchError) -> None:
+    def _leave_out(self, error: NetlinkError) -> None:
         """Load without the service that the kernel refused, and so on."""
         for _ in range(MOST_REFUSED):
             culprit = self._culprit(error)
@@ -176,13 +224,14 @@ class ServiceProxy:
             self._refused[name] = f"service {culprit.service} is not served: {error}"
             log.warning("%s", self._refused[name])
             self.table.replace(name, ())
+            self._note_backends({name})
             try:
                 return self._load()
-            except BatchError as another:
+            except REFUSED as another:
                 error = another
         raise error
 
-    def _culprit(self, error: BatchError) -> Frontend | None:
+    def _culprit(self, error: NetlinkError) -> Frontend | None:
         """Return the frontend that a refused element belongs to."""
         found = (d.culprit(error, self.table) for d in self._dataplanes.values())
         return next(filter(None, found), None)

@@ -15,17 +15,19 @@ Identity = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A snapshot, the services that differ from the last one, whether nodes do, and since when.
+    """A snapshot, the services and nodes that differ from the last one, and since when.
 
+    `compare`: the kernel is to be compared with all of it, whatever has changed.
     `since` is when the oldest change came (monotonic seconds), and `triggered` are the times at which the
     changes of EndpointSlices happened in the cluster (seconds since the epoch), where these say so.
     """
 
     snapshot: Snapshot
     services: frozenset[ObjectName]
-    nodes: bool
+    nodes: frozenset[str]
     since: float
     triggered: tuple[float, ...] = ()
+    compare: bool = False
 
 
 class Store:
@@ -48,6 +50,7 @@ class Store:
         self._snapshot = EMPTY
         self._touched: set[type] = set()  # the kinds that differ from the snapshot
         self._names: set[ObjectName] = set()
+        self._node_names: set[str] = set()
         self._since: float | None = None
         self._ready = False
 
@@ -69,6 +72,14 @@ class Store:
         with self._changed:
             self._take_in(changes)
 
+    def again(self, services: Set[ObjectName]) -> None:
+        """Have these services looked at again, though no object has changed."""
+        with self._changed:
+            self._names |= services
+            if self._ready and services and self._since is None:
+                self._since = self._clock()
+                self._changed.notify_all()
+
     def take(self, timeout: float, gather: float = 0.0) -> Pending | None:
         """Wait for a change and return it; None when there was none in that time (seconds).
 
@@ -85,11 +96,12 @@ class Store:
             pending = Pending(
                 self._snapshot,
                 frozenset(self._names),
-                Node in self._touched,
+                frozenset(self._node_names),
                 self._since,
                 tuple(self._triggered),
             )
-            self._touched, self._names, self._since, self._triggered = set(), set(), None, []
+            self._touched, self._since, self._triggered = set(), None, []
+            self._names, self._node_names = set(), set()
             self._taken = self.service_changes, self.endpoint_changes
             return pending
 
@@ -146,6 +158,7 @@ class Store:
                 self._names.add(old.service)
             case Node():
                 self._nodes.pop(old.name, None)
+                self._node_names.add(old.name)
         match new:
             case Service():
                 self._services[new.name] = new
@@ -155,6 +168,7 @@ class Store:
                 self._names.add(new.service)
             case Node():
                 self._nodes[new.name] = new
+                self._node_names.add(new.name)
 
     def _count(self, old: Object | None, new: Object | None) -> None:
         if isinstance(new or old, Service):

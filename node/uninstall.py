@@ -3,7 +3,8 @@
 As with what kube-proxy left (node.leftovers): `survey` finds `Leftover`s, in the order in which they can be
 removed, and `remove` takes them away; it can be repeated.
 
-    conflist, plugin ─▶ pods ─▶ tables ─▶ connections ─▶ routes ─▶ podwire0 ─▶ sysctls ─▶ ledger, socket
+    conflist, plugin ─▶ pods ─▶ tables ─▶ HAProxy ─▶ connections ─▶ rules, routes, addresses
+                                                         ─▶ podwire0, tunnels ─▶ sysctls ─▶ ledger, socket
 
 The conflist goes first, so that no pod comes meanwhile; connections after the tables, which would make them
 anew; the ledger last, as it says what else there is. All of it but the files is about the network namespace
@@ -13,9 +14,11 @@ of the calling thread.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 
 from netaddr import IPAddress
@@ -32,13 +35,32 @@ from netlink.family import Family
 from netlink.nftables.batch import NftSocket
 from netlink.nftables.objects import BRIDGE as FRAMES
 from netlink.nftables.objects import Table
-from netlink.requests import ROUTE_PROTOCOL
+from netlink.requests import ROUTE_PROTOCOL, RT_TABLE_MAIN
 from netlink.rtnl import Rtnl
-from node import underlay
+from netlink.xtables import Variant, read
+from node import uninstall_ipvs, uninstall_l7, wireguard_keys
+from node.annotations import FILE as ANNOTATIONS_FILE
+from node.backends import DEVICES as TUNNELS
+from node.backends.hops import NODE_TABLE
+from node.dataplanes import PROC, is_ours
 from node.leftovers import Leftover, NftTable, Removal
+from node.settings import FORWARDING
 from node.sources.saved import FILE as STATE_FILE
+from node.tunnel_rules import TABLES as TUNNEL_TABLES
 from node.uninstall_flows import find_flows
-from node.uninstall_parts import Files, Interface, KernelRoute, Plugin, Pod, Proxies, Sysctl
+from node.uninstall_parts import (
+    LOOPBACK_INDEX,
+    Chains,
+    Files,
+    Interface,
+    KernelRoute,
+    Plugin,
+    Pod,
+    PolicyRule,
+    Proxies,
+    RangeAddress,
+    Sysctl,
+)
 from proxy.nftables.ruleset import TABLE
 
 CONNECT_SECONDS = 1.0
@@ -48,15 +70,22 @@ DROP_INS = tuple(
         "/etc/systemd/network/10-podwire.network",
         "/etc/systemd/networkd.conf.d/50-podwire.conf",
         "/etc/NetworkManager/conf.d/50-podwire.conf",
+        "/etc/firewalld/policies/podwire-pods.xml",
+        "/etc/firewalld/policies/podwire-vxlan.xml",
+        "/etc/firewalld/zones/podwire.xml",
+        "/etc/firewalld/zones/podwire.xml.old",
+        "/etc/firewalld/services/podwire-vxlan.xml",
         "/etc/systemd/system/podwire.service.d/bridge.conf",
     )
 )
-"""Where docs/install/systemd.md puts files of deploy/systemd into folders of others."""
+"""Where docs/install/systemd.md puts files of deploy/ into folders of others. firewalld keeps the one before
+(.old) when sources are added to the zone."""
 STATE_FILES = (
     *(f"{LEDGER_FILE}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")),
-    *("attachments.lock", STATE_FILE, sysctls.FILE),
+    *("attachments.lock", STATE_FILE, ANNOTATIONS_FILE, sysctls.FILE),
 )
-FORWARDING = frozenset(underlay.FORWARDING)
+DEVICES = (BRIDGE, *TUNNELS)
+"""The node's own interfaces of podwire's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +160,16 @@ def survey(places: Places, scope: Scope) -> Survey:
     found += _proxies(attachments, settings)
     found += [Interface(name) for name in strays]
     found += _tables()
+    found += _chains(remarks)
+    found += uninstall_ipvs.find()
+    found += uninstall_l7.find(places.here(places.socket).parent / "l7")
     found += find_flows(remarks)
-    found += _routes()
-    found += [Interface(BRIDGE)] if BRIDGE in there else []
+    found += _ways(settings)
+    found += [Interface(name) for name in DEVICES if name in there]
     found += _sysctls(state_dir, scope, remarks)
     if scope.state:
+        keys = state_dir / wireguard_keys.FOLDER
+        found += _files("key", wireguard_keys.files(keys), keys)
         found += _files("state", [state_dir / name for name in STATE_FILES], state_dir)
         path = places.here(places.socket)
         found += _files("socket", [path], path.parent if path.parent.name == "podwire" else None)
@@ -226,18 +260,32 @@ def _proxies(attachments: Iterable[Attachment], settings: NodeSettings | None) -
 def _tables() -> Iterator[NftTable]:
     services = [Table(family, TABLE) for family in (*Family, FRAMES)]
     with NftSocket() as nft:
-        for table in (*services, *TABLES.values()):
+        for table in (*services, *TABLES.values(), *TUNNEL_TABLES.values()):
             if nft.table_comment(table) is not None:
                 yield NftTable(table, tuple(sorted(nft.chains(table))))
 
 
-def _routes() -> Iterator[KernelRoute]:
-    """Yield the routes that do not go with a pod's interface."""
+def _chains(remarks: list[str]) -> Iterator[Chains]:
+    for variant, family in itertools.product(Variant, Family):
+        if is_ours(read(variant, family, PROC, remarks, exact=False)):
+            yield Chains(variant, family)
+
+
+def _ways(settings: NodeSettings | None) -> Iterator[PolicyRule | KernelRoute | RangeAddress]:
+    """Yield rules, routes and addresses that do not go with an interface."""
     with Rtnl() as rtnl:
-        own = {link.index for link in rtnl.links() if link.name.startswith(HOST_PREFIX)}
-        for route in rtnl.routes(ROUTE_PROTOCOL):
-            if route.oif not in own:
-                yield KernelRoute(route)
+        links = {link.index: link.name for link in rtnl.links()}
+        own = {i for i, name in links.items() if name.startswith(HOST_PREFIX) or name in DEVICES}
+        routes = [r for table in (RT_TABLE_MAIN, NODE_TABLE) for r in rtnl.routes(ROUTE_PROTOCOL, table)]
+        rules = rtnl.rules()
+        local = rtnl.addresses(LOOPBACK_INDEX)
+    yield from map(PolicyRule, rules)
+    yield from (KernelRoute(route) for route in routes if route.oif not in own)
+    # Without the ledger, the route that refuses packets to addresses of no pod tells what our ranges were.
+    refused = (r.destination for r in routes if r.unreachable)
+    ranges = {*map(str, settings.pod_cidrs if settings else ()), *refused}
+    hosts = {f"{network[0]}/{network.max_prefixlen}" for network in map(ip_network, ranges)}
+    yield from (RangeAddress(a.cidr) for a in local if a.cidr in hosts)
 
 
 def _sysctls(state_dir: Path, scope: Scope, remarks: list[str]) -> Iterator[Sysctl]:
@@ -260,7 +308,7 @@ def _sysctls(state_dir: Path, scope: Scope, remarks: list[str]) -> Iterator[Sysc
                 continue
             if value != note.value:
                 why = f"somebody else set it, podwire had set {note.value}"
-            elif (path in FORWARDING or path.name == "accept_ra") and not scope.forwarding:
+            elif path.name in ("ip_forward", "forwarding", "accept_ra") and not scope.forwarding:
                 why = "other networks may need that by now; --stop-forwarding sets it back"
             elif path in BRIDGE_FILTERS and bridges:
                 why = f"the bridge {bridges[0]} may need that"

@@ -14,11 +14,32 @@ from cni.sysctls import Noted
 from ipam.ledger import Attachment
 from ipam.lock import container_lock
 from netlink.errors import NetlinkError
-from netlink.requests import Route, route_delete
+from netlink.family import Family
+from netlink.requests import (
+    RT_TABLE_MAIN,
+    Request,
+    Route,
+    Rule,
+    address_delete,
+    route_delete,
+    rule_delete,
+)
 from netlink.rtnl import Rtnl
+from netlink.xtables import Variant
+from node.dataplanes import IPTABLES, opened
 from node.leftover_chains import counted
 
 LOOPBACK_INDEX = 1
+
+
+def _commit(request: Request) -> None:
+    """Have something removed; what is gone already is fine."""
+    with Rtnl() as rtnl:
+        try:
+            rtnl.commit(request)
+        except NetlinkError as error:
+            if not error.gone:
+                raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +110,7 @@ class Proxies:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """A bridge, or a pod's interface that the ledger does not know."""
+    """A bridge, a tunnel to other nodes, or a pod's interface that the ledger does not know."""
 
     name: str
     kind = "interface"
@@ -108,6 +129,28 @@ class Interface:
 
 
 @dataclass(frozen=True, slots=True)
+class Chains:
+    """The chains of services in the tables of iptables, and what leads to them."""
+
+    variant: Variant
+    family: Family
+    kind = "iptables"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variant."""
+        return (self.variant.value,)
+
+    def __str__(self) -> str:
+        return f"chains of services in iptables-{self.variant.value} (IPv{self.family.value})"
+
+    def remove(self) -> None:
+        """Take them away; chains that others lead to stay."""
+        with opened(f"{IPTABLES}-{self.variant.value}", self.family) as dataplane:
+            dataplane.remove()
+
+
+@dataclass(frozen=True, slots=True)
 class KernelRoute:
     """A route with podwire's protocol number."""
 
@@ -121,19 +164,52 @@ class KernelRoute:
 
     def __str__(self) -> str:
         via = f" via {self.route.gateway}" if self.route.gateway else ""
-        return f"route to {self.route.destination}{via}"
+        table = f" in table {self.route.table}" if self.route.table != RT_TABLE_MAIN else ""
+        return f"route to {self.route.destination}{via}{table}"
 
     def remove(self) -> None:
         """Take the route away; one of another protocol number to the same destination stays."""
-        route = self.route
-        # IPv6 shows unreachable routes on the loopback interface, and takes that for no part of their name.
-        oif = None if route.oif == LOOPBACK_INDEX and not route.gateway else route.oif
-        with Rtnl() as rtnl:
-            try:
-                rtnl.commit(route_delete(Route(route.destination, route.gateway, oif)))
-            except NetlinkError as error:
-                if not error.gone:
-                    raise
+        _commit(route_delete(self.route))
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRule:
+    """A policy rule with podwire's protocol number."""
+
+    rule: Rule
+    kind = "rule"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The range that it is about."""
+        return (self.rule.source,)
+
+    def __str__(self) -> str:
+        return f"policy rule from {self.rule.source} to table {self.rule.table}"
+
+    def remove(self) -> None:
+        """Take the rule away."""
+        _commit(rule_delete(self.rule))
+
+
+@dataclass(frozen=True, slots=True)
+class RangeAddress:
+    """An address of the node in its own podCIDR, on loopback."""
+
+    address: str
+    kind = "address"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The address."""
+        return (self.address,)
+
+    def __str__(self) -> str:
+        return f"address {self.address} of lo"
+
+    def remove(self) -> None:
+        """Take the address away."""
+        _commit(address_delete(LOOPBACK_INDEX, self.address))
 
 
 @dataclass(frozen=True, slots=True)

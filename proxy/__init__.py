@@ -4,7 +4,8 @@
 - `frontends` decides, purely, which `Frontend`s a service has: one thing a packet can be addressed to,
   with its endpoints, masquerade and verdict.
 - `table` keeps all frontends by key and says what a change changed.
-- `nftables/` turns frontends into map elements of a constant ruleset.
+- `nftables/` turns frontends into map elements of a constant ruleset, `iptables/` into kube-proxy's chains.
+- `l7/` is the proxy of the client's node, for services that ask for it: HAProxy, and what it is told.
 
     Snapshot ──frontends──▶ [Frontend] ──table──▶ changes ──nftables──▶ one batch ──▶ kernel
 """

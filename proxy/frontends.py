@@ -11,6 +11,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from netlink.family import Family
+from proxy.l7.policy import Protocol as L7Protocol
 from proxy.model import (
     Endpoint,
     EndpointSlice,
@@ -18,9 +19,9 @@ from proxy.model import (
     Protocol,
     Service,
     ServicePort,
-    Struct,
     TrafficPolicy,
 )
+from proxy.struct import Struct
 from proxy.topology import Place, narrowing
 
 
@@ -75,7 +76,8 @@ class Frontend(Struct, frozen=True):
 
     `affinity`: seconds for which a client's next connection goes where its last one went; 0 none. `sources`:
     the CIDRs whose packets may come; None all. `exclusive`: the address has no other use than this
-    service's ports, so that packets to its other ports are refused.
+    service's ports, so that packets to its other ports are refused. `proxied`: what it balances goes to the
+    node's L7 proxy, which chooses among the endpoints; None: to one of them, by the kernel.
     """
 
     key: FrontendKey
@@ -86,6 +88,7 @@ class Frontend(Struct, frozen=True):
     affinity: int = 0
     sources: tuple[str, ...] | None = None
     exclusive: bool = False
+    proxied: L7Protocol | None = None
 
 
 class Candidates(NamedTuple):

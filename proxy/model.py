@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-import msgspec
-
 from netlink.family import Family
-
-
-class Struct(msgspec.Struct, frozen=True, gc=False):
-    """A frozen value; msgspec makes one in a tenth of a dataclass's time, and there are 100,000 of them."""
+from proxy.l7.policy import Policy
+from proxy.struct import Struct
 
 
 class ObjectName(Struct, frozen=True, order=True):
@@ -60,6 +56,7 @@ class Service(Struct, frozen=True):
     `balancer_ips` are those that a load balancer leaves in the packet (ipMode VIP); only sources in
     `source_ranges` (CIDRs; none given: all) may use them. `affinity_seconds` is how long a client's next
     connection goes where its last one went (0: no affinity). `health_port` is healthCheckNodePort, or 0.
+    `policy` is what it asks of the L7 proxy; None: nothing.
     """
 
     name: ObjectName
@@ -72,6 +69,7 @@ class Service(Struct, frozen=True):
     source_ranges: tuple[str, ...] = ()
     affinity_seconds: int = 0
     health_port: int = 0
+    policy: Policy | None = None
 
 
 class EndpointPort(Struct, frozen=True):
@@ -115,6 +113,9 @@ class Node(Struct, frozen=True):
     """A node: its pod ranges, its own addresses (InternalIP), its zone, and whether it is on its way out.
 
     `tunnel_addresses` (at most one per family) and `tunnel_mac` are what it wants packets in tunnels sent to.
+    `egress_addresses` (at most one per family) are what its pods get towards the outside.
+    `wireguard_keys` are the public keys (base64) of its two WireGuard devices, none or both;
+    `wireguard_detour`: packets to and from it take the second one, as the first one's key is changing.
     """
 
     name: str
@@ -125,6 +126,9 @@ class Node(Struct, frozen=True):
     uid: str = ""
     tunnel_addresses: tuple[str, ...] = ()
     tunnel_mac: str = ""
+    egress_addresses: tuple[str, ...] = ()
+    wireguard_keys: tuple[str, ...] = ()
+    wireguard_detour: bool = False
 
 
 class Snapshot(Struct, frozen=True):

@@ -59,7 +59,7 @@ class FrontendTable:
         """Set the frontends of a service (none: it is gone); return what changed, key by key."""
         desired = {f.key: f for f in new}
         changes = []
-        for key in (*self._keys.get(service, ()), *desired):
+        for key in self._in_order((*self._keys.get(service, ()), *desired)):
             before = self._winners.get(key)
             self._claim(key, service, desired.get(key))
             after = self._winners.get(key)
@@ -81,8 +81,19 @@ class FrontendTable:
         return [
             f"service {loser.service} gets no {_place(key)}: service {self._winners[key].service} has it"
             for key, losers in self._waiting.items()
+            if key.origin is Origin.ANY
             for loser in losers
         ]
+
+    def _in_order(self, keys: Iterable[FrontendKey]) -> Iterator[FrontendKey]:
+        """Yield keys, each for clients inside after the one for any, which decides on it."""
+        wanted = dict.fromkeys(keys)
+        for key in [k for k in wanted if k.origin is Origin.ANY]:
+            yield key
+            inside = key._replace(origin=Origin.INTERNAL)
+            if inside in wanted or inside in self._winners or inside in self._waiting:
+                yield inside
+        yield from (k for k in wanted if k._replace(origin=Origin.ANY) not in wanted)
 
     def _claim(self, key: FrontendKey, service: ObjectName, claim: Frontend | None) -> None:
         """Set what one service claims of a key, and decide who has it."""
@@ -90,6 +101,15 @@ class FrontendTable:
         waiting = self._waiting.pop(key, [])
         others = [f for f in ([holder, *waiting] if holder else waiting) if _owner(f) != str(service)]
         claims = sorted([*others, claim] if claim else others, key=_rank)
+        if key.origin is Origin.INTERNAL:
+            # Whoever has the address has it for clients inside, too. A cluster address that another service
+            # names as an external one of its own is served to them as to any.
+            whole = self._winners.get(key._replace(origin=Origin.ANY))
+            claims.sort(key=lambda f: whole is None or _owner(f) != _owner(whole))
+            if whole is None or (claims and _owner(claims[0]) != _owner(whole)):
+                self._winners.pop(key, None)
+                self._waiting |= {key: claims} if claims else {}
+                return
         if not claims:
             self._winners.pop(key, None)
             return

@@ -66,6 +66,10 @@ class Nftables(Protocol):
 
     family: Family
 
+    @property
+    def commits(self) -> int:
+        """Batches that were committed."""
+
     def commit(self, operations: Sequence[Operation]) -> None:
         """Apply all operations or, with BatchError, none."""
         ...

@@ -40,12 +40,15 @@ class MetaKey(IntEnum):
     PRIORITY = 2
     MARK = 3
     IIFNAME = 6
+    SKGID = 11
     L4PROTO = 16
+    PKTTYPE = 19
 
 
 class CtKey(IntEnum):
-    """Connection tracking data."""
+    """Connection tracking data. DIRECTION is one byte: 0 original, 1 reply."""
 
+    DIRECTION = 1
     STATUS = 2
 
 
@@ -62,9 +65,15 @@ def register(slot: int) -> int:
 
 
 VERDICT_REGISTER = 0
-IPS_DST_NAT = 1 << 5  # linux/netfilter/nf_conntrack_common.h: the connection's destination was changed
+IPS_SRC_NAT = 1 << 4  # linux/netfilter/nf_conntrack_common.h: the connection's source was changed
+IPS_DST_NAT = 1 << 5  # its destination was changed
+IP_CT_DIR_REPLY = 1  # linux/netfilter/nf_conntrack_tuple_common.h
+SOCKET_TRANSPARENT = 0
 RTN_LOCAL = 2  # linux/rtnetlink.h: an address of this machine
-MASQUERADE_FULLY_RANDOM = 1 << 4
+RT_TCP_MSS = 3
+BYTEORDER_HTON = 1
+EXTHDR_OP_TCP_OPTION = 1
+SOURCE_FULLY_RANDOM = 1 << 4
 LIMIT_BYTES, LIMIT_OVER = 1, 1
 DYNSET_UPDATE = 1
 REJECT_ICMP_UNREACHABLE, REJECT_TCP_RESET = 0, 1
@@ -98,6 +107,22 @@ class Payload:
             + number(3, self.offset)
             + number(4, self.length)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadSet:
+    """Write a register into the packet; for fields that no checksum is about."""
+
+    name: ClassVar[str] = "payload"
+    base: Base
+    offset: int
+    length: int
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        place = number(2, self.base) + number(3, self.offset) + number(4, self.length)
+        return place + number(5, register(self.slot))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +165,21 @@ class Ct:
 
 
 @dataclass(frozen=True, slots=True)
+class SocketTransparent:
+    """Load, in one byte, whether the socket that the packet is for may have others' addresses.
+
+    (IP_TRANSPARENT). The rule ends here for a packet that no socket of this machine is for.
+    """
+
+    name: ClassVar[str] = "socket"
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, SOCKET_TRANSPARENT) + number(2, register(self.slot))
+
+
+@dataclass(frozen=True, slots=True)
 class ExtensionHeader:
     """Load bytes of an IPv6 extension header; the rule ends here for a packet without one."""
 
@@ -157,6 +197,55 @@ class ExtensionHeader:
             + number(3, self.offset)
             + number(4, self.length)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RouteMss:
+    """Load the largest TCP segment that the packet's route carries, and the route back: 16 bits, host order.
+
+    `rt mtu` in nft's words: the smaller path MTU of both less the IP and TCP headers. Only where a packet has
+    its route: forward, output and postrouting.
+    """
+
+    name: ClassVar[str] = "rt"
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        return number(1, register(self.slot)) + number(2, RT_TCP_MSS)
+
+
+@dataclass(frozen=True, slots=True)
+class ToNetworkOrder:
+    """Turn a 16-bit number from host to network order, in place."""
+
+    name: ClassVar[str] = "byteorder"
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        registers = number(1, register(self.slot)) + number(2, register(self.slot))
+        return registers + number(3, BYTEORDER_HTON) + number(4, 2) + number(5, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class TcpOptionSet:
+    """Write a register into a TCP option, by its kind and a place in it; without the option the rule ends.
+
+    The kernel never raises two bytes, as it takes them for the largest segment: a larger one would stall
+    connections (nft_exthdr_tcp_set_eval).
+    """
+
+    name: ClassVar[str] = "exthdr"
+    kind: int
+    offset: int
+    length: int
+    slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        place = attribute(2, bytes([self.kind])) + number(3, self.offset) + number(4, self.length)
+        return place + number(6, EXTHDR_OP_TCP_OPTION) + number(7, register(self.slot))
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +398,20 @@ class Dnat:
 
 
 @dataclass(frozen=True, slots=True)
+class Snat:
+    """Give the connection the address in a register as its source, with a fully random port."""
+
+    name: ClassVar[str] = "nat"
+    family: int
+    address_slot: int = 0
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes."""
+        address = number(3, register(self.address_slot))
+        return number(1, 0) + number(2, self.family) + address + number(7, SOURCE_FULLY_RANDOM)
+
+
+@dataclass(frozen=True, slots=True)
 class Masquerade:
     """Give the connection an address of the interface it leaves by, with a fully random port."""
 
@@ -316,7 +419,18 @@ class Masquerade:
 
     def attributes(self) -> bytes:
         """Return the encoded attributes."""
-        return number(1, MASQUERADE_FULLY_RANDOM)
+        return number(1, SOURCE_FULLY_RANDOM)
+
+
+@dataclass(frozen=True, slots=True)
+class NoTrack:
+    """Keep the packet out of connection tracking, and so of all translation; for chains that come before."""
+
+    name: ClassVar[str] = "notrack"
+
+    def attributes(self) -> bytes:
+        """Return the encoded attributes: none."""
+        return b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class FakeNft:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.state: State | None = None
+        self.commits = 0
 
     def commit(self, operations: Sequence[Operation]) -> None:
         """Apply all operations or, with BatchError, none."""
@@ -57,6 +58,7 @@ class FakeNft:
         except BatchError:
             self.state = before
             raise
+        self.commits += 1
 
     def table_comment(self) -> str | None:
         """Return the comment of the table, or None when there is no table."""

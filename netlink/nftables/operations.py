@@ -199,7 +199,7 @@ def chunks(elements: Pairs, which: Map) -> Iterator[tuple[int, list[bytes]]]:
     same data in nothing but the key, so their frames are made once: this loads 100,000 elements.
     """
     key, data = elements[0] if elements else (b"", b"")
-    if isinstance(data, bytes) and elements and not which.ranges:
+    if isinstance(data, bytes) and elements and not (which.interval or which.ranges):
         sample = encode_element(key, data)
         before, between = sample[:12], sample[12 + len(key) : len(sample) - len(data)]
         fit = ELEMENT_BYTES // len(sample)

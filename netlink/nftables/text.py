@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from netlink.family import Family
 from netlink.nftables.expressions import (
+    IP_CT_DIR_REPLY,
     IPS_DST_NAT,
+    IPS_SRC_NAT,
     RTN_LOCAL,
     Base,
     Bitwise,
@@ -23,7 +26,6 @@ from netlink.nftables.expressions import (
     Constant,
     Counter,
     Ct,
-    CtKey,
     Dnat,
     Do,
     Expression,
@@ -34,16 +36,25 @@ from netlink.nftables.expressions import (
     Meta,
     MetaKey,
     MetaSet,
+    NoTrack,
     Payload,
     RandomIndex,
     Reject,
     Remember,
+    RouteMss,
+    Snat,
+    SocketTransparent,
+    TcpOptionSet,
+    ToNetworkOrder,
     Verdict,
     VerdictLookup,
 )
 from netlink.nftables.fake import State
 from netlink.nftables.objects import (
     PRIORITY_DSTNAT,
+    PRIORITY_FILTER,
+    PRIORITY_MANGLE,
+    PRIORITY_RAW,
     PRIORITY_SRCNAT,
     Chain,
     Data,
@@ -57,7 +68,18 @@ from netlink.nftables.objects import (
 )
 
 PROTOCOLS = {6: "tcp", 17: "udp", 132: "sctp"}
-PRIORITIES = {(Hook.PREROUTING, PRIORITY_DSTNAT): "dstnat", (Hook.POSTROUTING, PRIORITY_SRCNAT): "srcnat"}
+PRIORITIES = {
+    **{(hook, PRIORITY_RAW): "raw" for hook in Hook},
+    **{(hook, PRIORITY_MANGLE): "mangle" for hook in Hook},
+    **{(hook, PRIORITY_FILTER): "filter" for hook in Hook},
+    (Hook.PREROUTING, PRIORITY_DSTNAT): "dstnat",
+    (Hook.POSTROUTING, PRIORITY_SRCNAT): "srcnat",
+}
+DIRECTIONS = {1 - IP_CT_DIR_REPLY: "original", IP_CT_DIR_REPLY: "reply"}
+STATUS = {IPS_SRC_NAT: "snat", IPS_DST_NAT: "dnat"}
+TCP_FLAGS = {0x01: "fin", 0x02: "syn", 0x04: "rst", 0x08: "psh", 0x10: "ack", 0x20: "urg"}
+MAXIMUM_SEGMENT_SIZE = TcpOptionSet(2, 2, 2)
+MTU, HOST_MTU = "rt mtu", "rt mtu in host order"
 ALL_BITS = 0xFFFFFFFF
 ELEMENT_BREAK = ",\n\t\t\t     "
 
@@ -110,7 +132,9 @@ def _joined(family: Family, which: Map, elements: list[str]) -> str:
 def _elements(family: Family, which: Map, elements: Elements) -> Iterator[str]:
     """Yield the elements in nft's order, which takes several fields, or an index, for one host number."""
     if which.interval:
-        yield from _intervals(family, elements)
+        for first, last, data in _intervals(family, elements):
+            words = _range(family, first, last)
+            yield words if data is None else f"{words} : {_data(family, which, data)}"
         return
     if which.ranges:
         yield from (_element_range(family, which.key, key) for key in sorted(elements))
@@ -131,19 +155,22 @@ def _data(family: Family, which: Map, data: Data) -> str:
     raise _unknown(data)
 
 
-def _intervals(family: Family, boundaries: Elements) -> Iterator[str]:
-    """Yield the ranges of an interval set: an end is the address after it, or missing after the last one."""
-    start: int | None = None
+def _intervals(family: Family, boundaries: Elements) -> Iterator[tuple[int, int, Data]]:
+    """Yield the ranges of an interval set, and the data of each, which is its start's.
+
+    A range's end is the address after it, and it is missing after the last one.
+    """
+    start, data = None, None
     # At one address the end of a range comes before the start of the next.
     for key in sorted(boundaries, key=lambda k: (k[:-1], -k[-1])):
         address = int.from_bytes(key[:-1], "big")
         if not key[-1]:
-            start = address
+            start, data = address, boundaries[key]
         elif start is not None:
-            yield _range(family, start, address - 1)
+            yield start, address - 1, data
             start = None
     if start is not None:
-        yield _range(family, start, (1 << family.bits) - 1)
+        yield start, (1 << family.bits) - 1, data
 
 
 def _element_range(family: Family, fields: tuple[Field, ...], element: bytes) -> str:
@@ -238,6 +265,18 @@ def _host(raw: bytes) -> int:
     return int(struct.unpack("=I", raw)[0])
 
 
+def _flags(names: Mapping[int, str], value: int, mask: int) -> str:
+    """Return which flags are set, and which are looked at, as nft writes it."""
+    if not value or (value | mask) & ~sum(names):
+        raise _unknown((names, value, mask))
+    return " / ".join(",".join(name for bit, name in names.items() if bits & bit) for bits in (value, mask))
+
+
+def _alike(family: Family, one: Field, other: Field) -> bool:
+    """Whether two fields are of one type: a set of sources may be asked for a destination."""
+    return one.layout(family).datatype == other.layout(family).datatype
+
+
 def _hex(raw: bytes) -> str:
     return f"0x{_host(raw):08x}"
 
@@ -288,8 +327,18 @@ class _Sentence:
     def step(self, expression: Expression) -> None:
         """Take in one expression."""
         match expression:
-            case Payload() | Meta() | Ct() | FibDestinationType() | RandomIndex():
+            case (
+                Payload()
+                | Meta()
+                | Ct()
+                | FibDestinationType()
+                | RandomIndex()
+                | RouteMss()
+                | SocketTransparent()
+            ):
                 self.registers[expression.slot] = self._load(expression)
+            case ToNetworkOrder(slot):
+                self.registers[slot] = _Loaded(self._mtu(slot, HOST_MTU, expression))
             case Constant(value, slot):
                 self.registers[slot] = value
             case Bitwise(mask, flip, slot):
@@ -318,16 +367,22 @@ class _Sentence:
                     return _Loaded(_words(family, kinds[offset]), kinds[offset])
             case Payload(Base.TRANSPORT, 2, 2):
                 return _Loaded(_words(family, Field.DPORT), Field.DPORT)
+            case Payload(Base.TRANSPORT, 13, 1):
+                return _Loaded("tcp flags")
             case Meta(MetaKey.L4PROTO):
                 return _Loaded(_words(family, Field.L4PROTO), Field.L4PROTO)
-            case Meta(MetaKey.MARK):
-                return _Loaded("meta mark")
+            case Meta(MetaKey.MARK | MetaKey.SKGID as key):
+                return _Loaded(f"meta {key.name.lower()}")
             case Meta(MetaKey.PRIORITY):
                 return _Loaded(_words(family, Field.PRIORITY), Field.PRIORITY)
-            case Ct(CtKey.STATUS):
-                return _Loaded("ct status")
+            case Ct(key):
+                return _Loaded(f"ct {key.name.lower()}")
+            case SocketTransparent():
+                return _Loaded("socket transparent")
             case FibDestinationType():
                 return _Loaded("fib daddr type")
+            case RouteMss():
+                return _Loaded(HOST_MTU)
             case RandomIndex(modulus):
                 return _Loaded(f"numgen random mod {modulus}", Field.INDEX)
         raise _unknown(expression)
@@ -339,13 +394,36 @@ class _Sentence:
             has_bits = sign and not any(loaded.flip) and not any(compared.value)
             if has_bits and loaded.words == "meta mark":
                 return f"meta mark & {_hex(loaded.mask)} != {_hex(compared.value)}"
-            if has_bits and loaded.words == "ct status" and _host(loaded.mask) == IPS_DST_NAT:
-                return "ct status dnat"
+            if has_bits and loaded.words == "ct status" and _host(loaded.mask) in STATUS:
+                return f"ct status {STATUS[_host(loaded.mask)]}"
+            if not sign and not any(loaded.flip) and loaded.words == "ct status":
+                return f"ct status {_flags(STATUS, _host(compared.value), _host(loaded.mask))}"
+            if not sign and not any(loaded.flip) and loaded.words == "tcp flags" and self._implied("tcp"):
+                return f"tcp flags {_flags(TCP_FLAGS, compared.value[0], loaded.mask[0])}"
+        elif loaded.kind is Field.DPORT and self._implied("udp"):
+            return f"udp dport {sign}{_value(self.family, loaded.kind, compared.value)}"
         elif loaded.kind:
             return f"{loaded.words} {sign}{_value(self.family, loaded.kind, compared.value)}"
         elif loaded.words == "fib daddr type" and _host(compared.value) == RTN_LOCAL:
             return f"{loaded.words} {sign}local"
+        elif loaded.words == "ct direction":
+            return f"{loaded.words} {sign}{DIRECTIONS[compared.value[0]]}"
+        elif loaded.words in ("meta skgid", "socket transparent"):
+            return f"{loaded.words} {sign}{int.from_bytes(compared.value, sys.byteorder)}"
         raise _unknown((loaded, compared))
+
+    def _implied(self, protocol: str) -> bool:
+        """Take back that the packet is of a protocol, which the name of a field of that protocol says too."""
+        if self.said[-1:] != [f"meta l4proto {protocol}"]:
+            return False
+        self.said.pop()
+        return True
+
+    def _mtu(self, slot: int, words: str, user: Expression) -> str:
+        """Return nft's words for the route's MTU, which is in a register in one byte order or the other."""
+        if self._loaded(slot, user).words != words:
+            raise _unknown((user, words))
+        return MTU
 
     def _statement(self, expression: Expression) -> str:
         match expression:
@@ -359,12 +437,16 @@ class _Sentence:
                 return f"update @{name} {{ {self._key(name, slot)} }}"
             case Dnat(_, address_slot, port_slot):
                 return self._dnat(address_slot, port_slot, expression)
+            case Snat(_, slot):
+                return f"snat to {self._loaded(slot, expression).words} fully-random"
             case Masquerade():
                 return "masquerade fully-random"
+            case NoTrack():
+                return "notrack"
+            case TcpOptionSet(slot=slot) if replace(expression, slot=0) == MAXIMUM_SEGMENT_SIZE:
+                return f"tcp option maxseg size set {self._mtu(slot, MTU, expression)}"
             case Reject(None):
-                # nft finds out by itself that only TCP can be reset.
-                if self.said and self.said[-1] == "meta l4proto tcp":
-                    self.said.pop()
+                self._implied("tcp")  # nft finds out by itself that only TCP can be reset
                 return "reject with tcp reset"
             case Reject(code) if code == self.family.port_unreachable:
                 return "reject"
@@ -402,7 +484,7 @@ class _Sentence:
         words = []
         for kind in self.maps[name].key:
             loaded = self._loaded(slot, kind)
-            if loaded.kind is not kind:
+            if loaded.kind is None or not _alike(self.family, loaded.kind, kind):
                 raise _unknown((name, loaded))
             words.append(loaded.words)
             slot += kind.layout(self.family).size // 4

@@ -35,22 +35,24 @@ from netlink.nftables.expressions import (
     RandomIndex,
     Reject,
     Remember,
+    Snat,
     Verdict,
     VerdictLookup,
 )
 from netlink.nftables.fake import State
-from netlink.nftables.objects import Data, Goto, Hook, Map, Rule
+from netlink.nftables.objects import Data, Elements, Goto, Hook, Map, Rule
 
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """The first packet of a connection. `from_node`: sent by this machine itself, not received."""
+    """The first packet of a connection. `from_node`: sent by this machine itself, by a program of `group`."""
 
     source: str
     destination: str
     protocol: int
     port: int
     from_node: bool = False
+    group: int = 0
 
     @property
     def family(self) -> Family:
@@ -60,13 +62,17 @@ class Packet:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Where a packet ends up: `verdict` is accept, drop or reject; `rules` tells what matched."""
+    """Where a packet ends up: `verdict` is accept, drop or reject; `rules` tells what matched.
+
+    `source` is the address that a rule names for it; "" where the packet keeps its own or is masqueraded.
+    """
 
     verdict: str
     destination: str
     port: int
     masqueraded: bool
     rules: tuple[str, ...]
+    source: str = ""
 
 
 class Ended(Exception):
@@ -99,6 +105,7 @@ class _Walk:
     priority: bytes = bytes(4)
     translated: bool = False
     masqueraded: bool = False
+    source: str = ""
     registers: bytearray = field(default_factory=lambda: bytearray(64))
     matched: list[str] = field(default_factory=list)
 
@@ -114,9 +121,9 @@ class _Walk:
                 self._hook(Hook.POSTROUTING)
         except Ended as end:
             verdict = end.verdict
-        return Outcome(
-            verdict, self.packet.destination, self.packet.port, self.masqueraded, tuple(self.matched)
-        )
+        to = self.packet
+        rules = tuple(self.matched)
+        return Outcome(verdict, to.destination, to.port, self.masqueraded, rules, self.source)
 
     def next_choices(self) -> tuple[int, ...] | None:
         """Return what the next walk chooses, in order (then always 0); None after the last branch."""
@@ -183,7 +190,7 @@ class _Walk:
             case VerdictLookup(name, slot):
                 data = self._data(self.state.maps[name], slot)
                 return self._go(data) if isinstance(data, Goto) else False
-            case Do() | Dnat() | Masquerade() | Reject():
+            case Do() | Dnat() | Snat() | Masquerade() | Reject():
                 return self._act(expression)
             case Counter() | Remember():
                 pass  # a first packet meets what was remembered before it
@@ -210,6 +217,8 @@ class _Walk:
                 self._write(slot, self.priority)
             case Meta(MetaKey.MARK, slot):
                 self._write(slot, struct.pack("=I", self.mark))
+            case Meta(MetaKey.SKGID, slot):
+                self._write(slot, struct.pack("=I", self.packet.group))
             case Ct(_, slot):
                 self._write(slot, struct.pack("=I", IPS_DST_NAT if self.translated else 0))
             case FibDestinationType(slot):
@@ -226,7 +235,8 @@ class _Walk:
         match expression:
             case Do(Verdict.GOTO, chain):
                 return Goto(chain)
-            case Do(Verdict.ACCEPT | Verdict.DROP as verdict):
+            case Do(Verdict.ACCEPT | Verdict.DROP | Verdict.RETURN as verdict):
+                # Chains are entered by goto only, so that to return is to be accepted by the base chain.
                 raise Ended("drop" if verdict is Verdict.DROP else "accept")
             case Do():
                 raise NotImplementedError(f"the walk does not know {expression}")
@@ -235,6 +245,8 @@ class _Walk:
                 port = struct.unpack(">H", self._read(port_slot, 2))[0]
                 self.packet = replace(self.packet, destination=address, port=port)
                 self.translated = True
+            case Snat(_, slot):
+                self.source = str(ip_address(self._read(slot, self.packet.family.size)))
             case Masquerade():
                 self.masqueraded = True
             case Reject():
@@ -248,7 +260,10 @@ class _Walk:
 
     def _data(self, which: Map, slot: int) -> Data:
         """Return what a map says of the key in registers; None if nothing."""
-        return self.state.elements[which.name].get(self._key(which, slot))
+        elements, key = self.state.elements[which.name], self._key(which, slot)
+        if which.interval:
+            key = _below(elements, key) or key + b"\0"
+        return elements.get(key)
 
     def _contains(self, which: Map, slot: int) -> bool:
         elements = self.state.elements[which.name]
@@ -257,9 +272,7 @@ class _Walk:
             return any(which.spans(self.packet.family, element, key) for element in elements)
         if not which.interval:
             return key in elements
-        # The nearest boundary at or below the key says whether it lies inside a range.
-        below = [e for e in elements if e[:-1] <= key]
-        return bool(below) and max(below, key=lambda e: (e[:-1], -e[-1]))[-1] == 0
+        return _below(elements, key)[-1:] == b"\0"
 
     def _key(self, which: Map, slot: int) -> bytes:
         return self._read(slot, which.key_size(self.packet.family))
@@ -270,3 +283,11 @@ class _Walk:
     def _write(self, slot: int, value: bytes) -> None:
         padded = value + bytes(-len(value) % 4)
         self.registers[slot * 4 : slot * 4 + len(padded)] = padded
+
+
+def _below(elements: Elements, key: bytes) -> bytes:
+    """Return the boundary at or below a key, which says whether it lies inside a range; b"" if there is none.
+
+    Where one range ends and the next one begins, the beginning counts.
+    """
+    return max((e for e in elements if e[:-1] <= key), key=lambda e: (e[:-1], -e[-1]), default=b"")

@@ -241,10 +241,15 @@ class WireStatus(msgspec.Struct):
     code: int = 0
 
 
+_STATUS = msgspec.json.Decoder(WireStatus)
+DOCUMENT = msgspec.json.Decoder(dict[str, Any])
+"""Any object, as it is."""
+
+
 def refused(data: bytes | msgspec.Raw, what: str, status: int = 0, after: float | None = None) -> ApiError:
     """Return the error that a Status object tells of."""
     try:
-        found = msgspec.json.decode(data, type=WireStatus)
+        found = _STATUS.decode(data)
     except msgspec.MsgspecError:
         found = WireStatus(bytes(data[:200]).decode(errors="replace"))
     code = status or found.code

@@ -218,6 +218,9 @@ class _Leases(msgspec.Struct):
     metadata: _ListMeta = msgspec.field(default_factory=_ListMeta)
 
 
+_LEASE, _LEASES = msgspec.json.Decoder(_Lease), msgspec.json.Decoder(_Leases)
+
+
 def _claim_of(lease: _Lease) -> Claim | None:
     """Return the claim that a Lease is; None for one of somebody else's making."""
     meta = lease.metadata
@@ -350,7 +353,7 @@ class Allocator:
         query = {"labelSelector": LABEL, "limit": str(PAGE)}
         found: list[Claim] = []
         while True:
-            page = msgspec.json.decode(self._api.get(self._leases, query), type=_Leases)
+            page = _LEASES.decode(self._api.get(self._leases, query))
             found += [c for c in map(_claim_of, page.items or ()) if c]
             if not page.metadata.continue_:
                 return found
@@ -393,7 +396,7 @@ class Allocator:
         return f"{self._leases}/{PREFIX}{name_of(block)}"
 
     def _read(self, data: bytes) -> Claim | None:
-        return _claim_of(msgspec.json.decode(data, type=_Lease))
+        return _claim_of(_LEASE.decode(data))
 
 
 def _document(me: Node, block: Network, before: Claim | None = None) -> dict[str, Any]:

@@ -71,7 +71,10 @@ RULES = tuple(
         ("AddressConflict", rf"(?P<kind>service) {NAME}(:\S*)? gets no "),
         ("ServiceNotProgrammed", r"service \S+ is not served: "),
         ("NoInternalIP", r"(?P<kind>node) (?P<name>\S+): no way to its pods in \S+: it has no "),
-        ("NoRouteToPods", r"node \S+: no way to its pods in |no route to "),
+        ("NoRouteToPods", r"node \S+: (no way to its )?pods in |no route to |and \d+ more routes "),
+        ("NoTunnel", r"no tunnel device "),
+        ("NotProgrammed", r"the kernel refuses to "),
+        ("EgressAddress", r"pods' egress address "),
         ("PodCIDRChanged", r"node \S+: its podCIDR was "),
         ("NoPodCIDR", r"node \S+ (has|gets) no podCIDR\b"),
         ("PodCIDRMismatch", r"node \S+: podCIDRs? |cluster range "),
@@ -184,6 +187,8 @@ class _List(msgspec.Struct):
     items: list[_Item] | None = None
 
 
+_ITEM, _LIST = msgspec.json.Decoder(_Item), msgspec.json.Decoder(_List)
+
 COLLECTIONS = {
     "Service": ("v1", "/api/v1/namespaces/{}/services"),
     "EndpointSlice": ("discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices"),
@@ -272,7 +277,7 @@ class Events:
                 raise
             # Told before a restart, or by another node: the answer says how often.
             data = self.api.patch(f"{path}/{name}", changes)
-            told.count = msgspec.json.decode(data, type=_Item).count or 1
+            told.count = _ITEM.decode(data).count or 1
 
     def _document(self, about: Finding, name: str, text: str) -> dict[str, Any]:
         subject, now = about.subject, self._time()
@@ -319,7 +324,7 @@ class Events:
             if error.status in (0, 401, 429) or error.status >= 500:
                 raise
             return ""
-        items = msgspec.json.decode(data, type=_List).items or ()
+        items = _LIST.decode(data).items or ()
         return next((i.metadata.uid for i in items if i.metadata.name == subject.name), "")
 
     def _complain(self, about: Finding, error: ApiError) -> None:

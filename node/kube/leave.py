@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
-from node.kube.api import Api, ApiError
+from node.kube.api import DOCUMENT, Api, ApiError
 from node.kube.claims import LABEL, PAGE, PREFIX, block_of
 from node.kube.own_node import NETWORK_UNAVAILABLE, REASON
 from node.leftovers import Leftover
@@ -96,7 +94,7 @@ def survey(api: Api, node: str, namespace: str) -> tuple[tuple[Leftover, ...], t
 
 def _node(api: Api, name: str) -> dict[str, Any] | None:
     try:
-        return msgspec.json.decode(api.get(f"/api/v1/nodes/{name}"), type=dict[str, Any])
+        return DOCUMENT.decode(api.get(f"/api/v1/nodes/{name}"))
     except ApiError as error:
         if error.status != GONE:
             raise
@@ -108,7 +106,7 @@ def _leases(api: Api, node: str, namespace: str) -> Iterator[Lease]:
     path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
     query = {"labelSelector": LABEL, "limit": str(PAGE)}
     while True:
-        page = msgspec.json.decode(api.get(path, query), type=dict[str, Any])
+        page = DOCUMENT.decode(api.get(path, query))
         for item in page.get("items") or ():
             metadata, name = item["metadata"], item["metadata"]["name"]
             mine = ((item.get("spec") or {}).get("holderIdentity") or "") == node

@@ -6,17 +6,17 @@ Pure: a Node document → the patches that it needs. Small: one GET, at most two
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
 from netaddr import IPAddress, IPNetwork
 
-from cni.wiring import mac_of
-from node.kube.api import STRATEGIC_MERGE_PATCH, Api
-from node.sources.objects import TUNNEL_ADDRESS, TUNNEL_MAC, ObjectError, parse
+from node.backends.vxlan import first_addresses, tunnel_mac
+from node.kube.api import DOCUMENT, STRATEGIC_MERGE_PATCH, Api
+from node.sources.annotations import TUNNEL_MAC
+from node.sources.objects import TUNNEL_ADDRESS, ObjectError, parse
 from proxy.model import Node
 
 log = logging.getLogger("podwire.node")
@@ -26,6 +26,7 @@ NETWORK_UNAVAILABLE = "NetworkUnavailable"
 set it on a new node, and leave it to the network to clear it."""
 REASON = "PodwireIsUp"
 MESSAGE = "podwire can add pods on this node"
+NOTHING: Mapping[str, str | None] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +37,19 @@ class Patches:
     status: dict[str, Any] | None = None
 
 
-def tunnel_mac(name: str, uid: str) -> str:
-    """Return the MAC address of a node's tunnel interface: the same as long as the Node object lives."""
-    return mac_of(f"{name}/{uid}")
-
-
-def tunnel_addresses(node: Node) -> tuple[str, ...]:
-    """Return the first of a node's addresses of each family."""
-    found: dict[bool, str] = {}
-    for address in node.addresses:
-        found.setdefault(":" in address, address)
-    return tuple(found.values())
-
-
-def wanted(document: dict[str, Any], ready: bool, now: datetime) -> Patches:
-    """Return what the Node needs. `ready`: pods can be added. Raises ObjectError for a Node that is wrong."""
+def wanted(
+    document: dict[str, Any], ready: bool, now: datetime, more: Mapping[str, str | None] = NOTHING
+) -> Patches:
+    """Return what the Node needs. `ready`: pods can be added; `more` are other annotations that it is to
+    have, or (None) not to have. Raises ObjectError for a Node that is wrong.
+    """
     me = parse({**document, "kind": "Node"})
     if not isinstance(me, Node) or not me.uid:
         return Patches()
     annotations = document["metadata"].get("annotations") or {}
-    ours = {TUNNEL_MAC: tunnel_mac(me.name, me.uid)}
+    ours: dict[str, str | None] = {TUNNEL_MAC: tunnel_mac(me.name, me.uid), **more}
     if me.addresses:  # kubelet may know none yet
-        ours[TUNNEL_ADDRESS] = ",".join(tunnel_addresses(me))
+        ours[TUNNEL_ADDRESS] = ",".join(first_addresses(me))
     changed = {key: value for key, value in ours.items() if annotations.get(key) != value}
     # The uid is a precondition: of a Node that was made again meanwhile this must not become true.
     node = {"metadata": {"uid": me.uid, "annotations": changed}} if changed else None
@@ -86,12 +78,14 @@ def _condition(now: datetime) -> dict[str, str]:
     }
 
 
-def settle(api: Api, name: str, ready: bool, now: datetime) -> tuple[str, ...]:
+def settle(
+    api: Api, name: str, ready: bool, now: datetime, more: Mapping[str, str | None] = NOTHING
+) -> tuple[str, ...]:
     """Bring our Node object to what it should say; return what is wrong, in sentences. Raises ApiError."""
     path = f"/api/v1/nodes/{name}"
-    document = msgspec.json.decode(api.get(path, {"resourceVersion": "0"}), type=dict[str, Any])
+    document = DOCUMENT.decode(api.get(path, {"resourceVersion": "0"}))
     try:
-        patches = wanted(document, ready, now)
+        patches = wanted(document, ready, now, more)
     except ObjectError as error:
         return (f"node {name}: its annotations are not set: {error}",)
     if patches.node:

@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -38,12 +38,14 @@ class View(NamedTuple):
     """What the daemon knows, as functions that may be called at any time.
 
     `snapshot` is None while the cluster's state is not the API's own (none yet, or one that was saved):
-    nothing may be claimed by that. `ready` says whether pods can be added; `problems` are sentences.
+    nothing may be claimed by that. `ready` says whether pods can be added; `problems` are sentences;
+    `annotations` are what our Node is to have beside those of tunnels, or (None) not to have.
     """
 
     snapshot: Callable[[], Snapshot | None]
     ready: Callable[[], bool]
     problems: Callable[[], tuple[str, ...]]
+    annotations: Callable[[], Mapping[str, str | None]] = dict
 
 
 class Upkeep:
@@ -64,7 +66,7 @@ class Upkeep:
         self._allocator = Allocator(api, namespace, node, ranges)
         self._events = Events(api, node)
         self._woken = threading.Event()
-        self._settled: tuple[Node, bool] | None = None
+        self._settled: tuple[Node, bool, Mapping[str, str | None]] | None = None
         self._settled_at = 0.0
         self._claim_problems: tuple[str, ...] = ()
         self._node_problems: tuple[str, ...] = ()
@@ -131,10 +133,10 @@ class Upkeep:
         me = snapshot.nodes.get(self._node)
         if me is None or me.deleting:
             return
-        state = me, self._view.ready()
+        state = me, self._view.ready(), self._view.annotations()
         if state == self._settled and time.monotonic() - self._settled_at < CHECK_SECONDS:
             return
-        self._node_problems = own_node.settle(self._api, self._node, state[1], datetime.now(UTC))
+        self._node_problems = own_node.settle(self._api, self._node, state[1], datetime.now(UTC), state[2])
         self._settled, self._settled_at = state, time.monotonic()
 
     def _tell(self, snapshot: Snapshot) -> None:

@@ -18,7 +18,10 @@ import msgspec
 
 from ipam.ranges import RangeError, parse_pod_cidrs
 from netlink.family import Family
+from node.sources.annotations import TUNNEL_MAC as TUNNEL_MAC
+from node.sources.annotations import WIREGUARD_DETOUR, WIREGUARD_KEYS, tunnel_mac, wireguard_keys
 from node.sources.wire import (
+    SOURCE_RANGES,
     WireConditions,
     WireEndpoint,
     WireEndpointSlice,
@@ -29,10 +32,12 @@ from node.sources.wire import (
     WireNodeSpec,
     WireNodeStatus,
     WireService,
+    WireServiceAnnotations,
     WireServicePort,
     WireServiceSpec,
     WireServiceStatus,
 )
+from proxy.l7.annotation import asked_for
 from proxy.model import (
     Endpoint,
     EndpointPort,
@@ -49,9 +54,9 @@ SERVICE_OF_SLICE = "kubernetes.io/service-name"
 OTHER_PROXY = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
 TRIGGER_TIME = "endpoints.kubernetes.io/last-change-trigger-time"
-SOURCE_RANGES = "service.beta.kubernetes.io/load-balancer-source-ranges"
 ZONE = "topology.kubernetes.io/zone"
-TUNNEL_ADDRESS, TUNNEL_MAC = "podwire.io/tunnel-address", "podwire.io/tunnel-mac"
+TUNNEL_ADDRESS = "podwire.io/tunnel-address"
+EGRESS_ADDRESS = "podwire.io/egress-address"
 CLUSTER_AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 
 AFFINITY_SECONDS, LONGEST_AFFINITY = 10800, 86400
@@ -59,8 +64,6 @@ AFFINITY_SECONDS, LONGEST_AFFINITY = 10800, 86400
 
 PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 BROADCAST = "255.255.255.255"
-MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-NO_MAC = "00:00:00:00:00:00"
 PREFIX = re.compile(r"[^/%]+/[0-9]{1,3}")
 PATH_STEP = re.compile(r"\.(\w+)|\[(?:(\d+)|\.\.\.)\]")
 
@@ -138,8 +141,8 @@ def decode(kind: str, data: bytes | msgspec.Raw) -> Decoded:
         said = tuple(f"{kind} {text}: {problem}" for problem in problems)
         return Decoded((kind, text), meta.resource_version, value, said)
     except (msgspec.ValidationError, RangeError, ValueError):
-        document = {"kind": kind, **msgspec.json.decode(data, type=dict[str, Any])}
-    name, version = identity(document), msgspec.convert(document, WireListed).metadata.resource_version
+        document = {"kind": kind, **DOCUMENT.decode(data)}
+    name, version = identity(document), LISTED.decode(data).metadata.resource_version
     try:
         return Decoded(name, version, parse(document, problems), tuple(problems))
     except ObjectError as error:
@@ -191,17 +194,20 @@ def _service(wire: WireService, problems: list[str]) -> Service | None:
     balanced = spec.type == "LoadBalancer"
     checked = balanced and external_policy is TrafficPolicy.LOCAL and spec.health_check_node_port
     external = [(f"spec.externalIPs[{i}]", value) for i, value in enumerate(spec.external_ips or [])]
+    ports = tuple(_service_port(f"spec.ports[{i}]", p) for i, p in enumerate(spec.ports or []))
+    annotations = wire.metadata.annotations or WireServiceAnnotations()
     return Service(
         name=_name(wire.metadata),
         cluster_ips=tuple(_service_ip("spec.clusterIPs", a) for a in addresses),
-        ports=tuple(_service_port(f"spec.ports[{i}]", p) for i, p in enumerate(spec.ports or [])),
+        ports=ports,
         internal_policy=_policy("spec.internalTrafficPolicy", spec.internal_traffic_policy),
         external_policy=external_policy,
         external_ips=_usable(external, problems),
         balancer_ips=_usable(_ingress(wire.status, problems), problems) if balanced else (),
-        source_ranges=_source_ranges(spec, wire.metadata.annotations or {}) if balanced else (),
+        source_ranges=_source_ranges(spec, annotations.source_ranges or "") if balanced else (),
         affinity_seconds=_affinity(spec),
         health_port=_port("spec.healthCheckNodePort", spec.health_check_node_port) if checked else 0,
+        policy=asked_for(annotations.proxy, any(p.protocol is Protocol.TCP for p in ports), problems),
     )
 
 
@@ -227,7 +233,7 @@ def _ingress(status: WireServiceStatus | None, problems: list[str]) -> Iterator[
             yield f"{field}.ip", entry.ip
 
 
-def _source_ranges(spec: WireServiceSpec, annotations: dict[str, str]) -> tuple[str, ...]:
+def _source_ranges(spec: WireServiceSpec, annotation: str) -> tuple[str, ...]:
     """Return whose packets a load balancer's addresses take; none given: everybody's.
 
     A wrong range fails the service: without it, it might be open to all. In the annotation, which counts
@@ -236,8 +242,8 @@ def _source_ranges(spec: WireServiceSpec, annotations: dict[str, str]) -> tuple[
     if spec.load_balancer_source_ranges:
         field, texts = "spec.loadBalancerSourceRanges", spec.load_balancer_source_ranges
     else:
-        field, text = f"metadata.annotations[{SOURCE_RANGES}]", annotations.get(SOURCE_RANGES, "")
-        texts = text.split(",") if text.strip() else []
+        field = f"metadata.annotations[{SOURCE_RANGES}]"
+        texts = annotation.split(",") if annotation.strip() else []
         if "0.0.0.0/0" in map(str.strip, texts):
             return ()
     return tuple(dict.fromkeys(_cidr(field, text) for text in texts))
@@ -362,8 +368,11 @@ def _node(wire: WireNode, problems: list[str]) -> Node:
         deleting=wire.metadata.deletion_timestamp is not None or CLUSTER_AUTOSCALER_TAINT in taints,
         zone=_plain(f"metadata.labels[{ZONE}]", zone) if zone else "",
         uid=_plain("metadata.uid", wire.metadata.uid) if wire.metadata.uid else "",
-        tunnel_addresses=_tunnel_addresses(annotations.get(TUNNEL_ADDRESS, ""), problems),
-        tunnel_mac=_tunnel_mac(annotations.get(TUNNEL_MAC, ""), problems),
+        tunnel_addresses=_annotated(annotations, TUNNEL_ADDRESS, "a tunnel", problems),
+        tunnel_mac=tunnel_mac(annotations.get(TUNNEL_MAC, ""), problems),
+        egress_addresses=_annotated(annotations, EGRESS_ADDRESS, "pods on their way out", problems),
+        wireguard_keys=wireguard_keys(annotations.get(WIREGUARD_KEYS, ""), problems),
+        wireguard_detour=annotations.get(WIREGUARD_DETOUR, "") == "true",
     )
 
 
@@ -376,13 +385,13 @@ def _node_addresses(status: WireNodeStatus, kind: str) -> tuple[str, ...]:
     )
 
 
-def _tunnel_addresses(text: str, problems: list[str]) -> tuple[str, ...]:
+def _annotated(annotations: dict[str, str], key: str, whose: str, problems: list[str]) -> tuple[str, ...]:
     """Return the first usable address of each family; a node must not lose its routes for its annotation."""
-    field = f"metadata.annotations[{TUNNEL_ADDRESS}]"
+    field, text = f"metadata.annotations[{key}]", annotations.get(key, "")
     found: dict[bool, str] = {}
     for part in map(str.strip, text.split(",") if text.strip() else ()):
         try:
-            address = _service_ip(field, part, "a tunnel")
+            address = _service_ip(field, part, whose)
         except ValueError as error:
             problems.append(f"{error}: left out")
             continue
@@ -390,17 +399,6 @@ def _tunnel_addresses(text: str, problems: list[str]) -> tuple[str, ...]:
         if first != address:
             problems.append(f"{field} {part!r} is a second address beside {first!r}: left out")
     return tuple(found.values())
-
-
-def _tunnel_mac(text: str, problems: list[str]) -> str:
-    """Return the MAC address of a node's tunnel interface; "" for one that no interface can have."""
-    mac = text.strip().lower()
-    if not mac:
-        return ""
-    if not MAC.fullmatch(mac) or mac == NO_MAC or int(mac[:2], 16) & 1:
-        problems.append(f"metadata.annotations[{TUNNEL_MAC}] {text!r} is not a unicast MAC address: left out")
-        return ""
-    return mac
 
 
 def _address(field: str, value: str, family: Family | None = None) -> str:
@@ -480,3 +478,5 @@ KINDS: dict[str, tuple[Any, Any]] = {
 }
 """What is read of each kind, and what makes a model value of it."""
 DECODERS = {kind: msgspec.json.Decoder(wire) for kind, (wire, _) in KINDS.items()}
+LISTED = msgspec.json.Decoder(WireListed)
+DOCUMENT = msgspec.json.Decoder(dict[str, Any])

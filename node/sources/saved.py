@@ -41,6 +41,10 @@ class Body(msgspec.Struct):
     nodes: dict[str, Node]
 
 
+HEADER = msgspec.json.Decoder(Header)
+BODY = msgspec.msgpack.Decoder(Body)
+
+
 class SavedError(Exception):
     """There is no state to go by; the text is one sentence."""
 
@@ -67,15 +71,15 @@ def load(directory: Path, node: str) -> tuple[dict[Identity, Object], float]:
     path = directory / FILE
     try:
         first, _, rest = path.read_bytes().partition(b"\n")
-        header = msgspec.json.decode(first, type=Header)
+        header = HEADER.decode(first)
         if header.format != FORMAT:
             raise SavedError(f"{path} has format {header.format}, not {FORMAT}: it is of another version")
         if header.node != node:
             raise SavedError(f"{path} is of node {header.node}, not {node}")
-        body = msgspec.msgpack.decode(zlib.decompress(rest), type=Body)
+        body = BODY.decode(zlib.decompress(rest))
     except FileNotFoundError:
         raise SavedError(f"there is no {path}") from None
-    except (OSError, msgspec.MsgspecError, zlib.error) as error:
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError, zlib.error) as error:
         raise SavedError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     kinds: dict[str, Mapping[str, Object]] = {
         "Service": body.services,

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import msgspec
 
+from proxy.l7.policy import ANNOTATIONS
+
+SOURCE_RANGES = "service.beta.kubernetes.io/load-balancer-source-ranges"
+
 
 class Wire(msgspec.Struct, rename="camel"):
     """A part of a document as the API has it; null stands for absent."""
@@ -18,9 +22,14 @@ class WireMeta(Wire):
     name: str
     namespace: str | None = None
     labels: dict[str, str] | None = None
-    annotations: dict[str, str] | None = None
     deletion_timestamp: str | None = None
     resource_version: str = ""
+
+
+class WireAnnotated(WireMeta):
+    """ObjectMeta with all annotations."""
+
+    annotations: dict[str, str] | None = None
 
 
 class WireListed(Wire):
@@ -54,6 +63,25 @@ class WireEvent(Wire):
 
     type: str
     object: msgspec.Raw
+
+
+class WireServiceAnnotations(Wire):
+    """Those annotations of a Service that count; `proxy` are those in `proxy.l7.policy.ANNOTATIONS`."""
+
+    source_ranges: str | None = msgspec.field(name=SOURCE_RANGES, default=None)
+    podwire_proxy: str | None = msgspec.field(name=ANNOTATIONS[0], default=None)
+    f5_proxy: str | None = msgspec.field(name=ANNOTATIONS[1], default=None)
+
+    @property
+    def proxy(self) -> tuple[str | None, ...]:
+        """What is asked of the L7 proxy."""
+        return self.podwire_proxy, self.f5_proxy
+
+
+class WireServiceMeta(WireMeta):
+    """ObjectMeta of a Service."""
+
+    annotations: WireServiceAnnotations | None = None
 
 
 class WireServicePort(Wire):
@@ -115,7 +143,7 @@ class WireServiceStatus(Wire):
 class WireService(Wire):
     """Service v1."""
 
-    metadata: WireMeta
+    metadata: WireServiceMeta
     spec: WireServiceSpec
     status: WireServiceStatus | None = None
 
@@ -161,7 +189,7 @@ class WireEndpointPort(Wire):
 class WireEndpointSlice(Wire):
     """EndpointSlice discovery.k8s.io/v1."""
 
-    metadata: WireMeta
+    metadata: WireAnnotated
     address_type: str
     endpoints: list[WireEndpoint] | None = None
     ports: list[WireEndpointPort] | None = None
@@ -194,7 +222,7 @@ class WireNodeSpec(Wire):
     taints: list[WireTaint] | None = None
 
 
-class WireNodeMeta(WireMeta):
+class WireNodeMeta(WireAnnotated):
     """ObjectMeta of a Node, which is told from one of the same name by its uid."""
 
     uid: str | None = None

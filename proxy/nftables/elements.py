@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from ipaddress import ip_network
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from netlink.family import Family
 from netlink.nftables.objects import Data, Elements, Goto
-from proxy.frontends import Action, Frontend, FrontendKey, Origin
+from proxy.frontends import Action, Backend, Frontend, FrontendKey, Masquerade, Origin
+from proxy.l7 import places
 from proxy.model import Protocol
 from proxy.nftables.parts import balancer
 from proxy.nftables.ruleset import (
@@ -40,6 +43,14 @@ class Delta(NamedTuple):
     new_endpoints: Pairs
     old_affinity: Pairs
     new_affinity: Pairs
+
+
+def led(frontend: Frontend, port: int) -> Frontend:
+    """Return a frontend as packets see it: what the node's L7 proxy balances has that for its endpoint."""
+    if frontend.proxied is None or frontend.action is not Action.BALANCE:
+        return frontend
+    proxy = Backend(places.address(frontend.proxied, frontend.key.family, frontend.service), port, False)
+    return replace(frontend, masquerade=Masquerade.NEVER, endpoints=(proxy,), affinity=0, proxied=None)
 
 
 def kind_of(key: FrontendKey) -> Kind:
@@ -147,19 +158,6 @@ def allowed_sources(frontend: Frontend) -> Pairs:
     ]
 
 
-def intervals(family: Family, cidrs: Iterable[str]) -> Elements:
-    """Return the elements of an interval set that holds CIDRs of a family, neighbours joined.
-
-    A range's end is the address after it, and there is none after the last address.
-    """
-    found: Elements = {}
-    for start, end in _joined(family, cidrs):
-        found[start.to_bytes(family.size, "big") + b"\0"] = None
-        if end < 1 << family.bits:
-            found[end.to_bytes(family.size, "big") + b"\1"] = None
-    return found
-
-
 def difference(there: Elements, here: Elements, *, interval: bool) -> tuple[Pairs, Pairs]:
     """Return the elements to remove and to add so that a map that holds `there` holds `here`.
 
@@ -173,22 +171,22 @@ def difference(there: Elements, here: Elements, *, interval: bool) -> tuple[Pair
     return _flat(was - now), _flat(now - was)
 
 
-def _ranges(boundaries: Elements) -> set[tuple[bytes, ...]]:
-    """Return the (start, end) pairs of an interval set; the end is missing after the last address."""
-    ranges: set[tuple[bytes, ...]] = set()
-    start = b""
+def _ranges(boundaries: Elements) -> set[tuple[tuple[bytes, Data], ...]]:
+    """Return the start and the end of each range of an interval set; the last address needs no end."""
+    ranges: set[tuple[tuple[bytes, Data], ...]] = set()
+    start: tuple[bytes, Data] | None = None
     # At one address the end of a range comes before the start of the next.
     for key in sorted(boundaries, key=lambda k: (k[:-1], -k[-1])):
         if key[-1] and start:
-            ranges.add((start, key))
-            start = b""
+            ranges.add((start, (key, None)))
+            start = None
         elif not key[-1]:
-            start = key
+            start = key, boundaries[key]
     return ranges | ({(start,)} if start else set())
 
 
-def _flat(ranges: set[tuple[bytes, ...]]) -> Pairs:
-    return [(key, None) for pair in sorted(ranges) for key in pair]
+def _flat(ranges: set[tuple[tuple[bytes, Data], ...]]) -> Pairs:
+    return [element for ends in sorted(ranges, key=lambda r: r[0][0]) for element in ends]
 
 
 def _joined(family: Family, cidrs: Iterable[str]) -> list[tuple[int, int]]:

@@ -12,21 +12,14 @@ endpoint that stays keeps its clients whatever happens to the others.
 from __future__ import annotations
 
 import hashlib
-import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from netlink.family import Family, with_port
 from netlink.nftables.expressions import (
-    Cmp,
-    Compare,
-    Constant,
-    Dnat,
     Do,
     Lookup,
-    Meta,
-    MetaKey,
     RandomIndex,
     Remember,
     Verdict,
@@ -50,6 +43,7 @@ from proxy.nftables.ruleset import (
     Kind,
     balance_chain,
     balance_rules,
+    dnat_to,
     mark_rules,
     shape_id,
     source,
@@ -127,14 +121,7 @@ class Target:
         """Return what makes it."""
         # Two rules: one that finds the set full ends, and its packet goes on.
         remember = (source(family), Remember(self.clients.name))
-        go = (
-            # nft loads a dnat to a port only after a match of the protocol.
-            Meta(MetaKey.L4PROTO),
-            Cmp(Compare.EQ, bytes([self.protocol.value])),
-            Constant(socket.inet_pton(family.af, self.address)),
-            Constant(struct.pack(">H", self.port), family.size // 4),
-            Dnat(family.af, address_slot=0, port_slot=family.size // 4),
-        )
+        go = dnat_to(family, self.protocol.value, self.address, self.port)
         there = _short(f"{with_port(self.address, self.port)} of {self.service}")
         return (
             AddMap(self.clients),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from netlink.nftables.expressions import (
     Payload,
     RandomIndex,
     Reject,
+    Snat,
     Verdict,
     VerdictLookup,
 )
@@ -53,6 +55,7 @@ from netlink.nftables.objects import (
 from netlink.nftables.objects import Base as BaseChain
 from netlink.nftables.operations import AddChain, AddElements, AddMap, AddRule, AddTable, Operation
 from proxy.frontends import Masquerade as MasqueradePolicy
+from proxy.l7 import places
 
 TABLE = "podwire"
 
@@ -64,8 +67,19 @@ NODE_PODS = Map("node_pods", (Field.SOURCE,), interval=True, comment="the pod ra
 LOCAL_POD_CIDRS = Map(
     "local_pod_cidrs", (Field.SOURCE,), interval=True, comment="those that are masqueraded on the way out"
 )
+NODE_ADDRESSES = Map("node_addresses", (Field.DESTINATION,), comment="the addresses of all nodes")
 NO_MASQUERADE = Map(
-    "no_masquerade", (Field.DESTINATION,), interval=True, comment="where pods keep their address: pods, nodes"
+    "no_masquerade",
+    (Field.DESTINATION,),
+    interval=True,
+    comment="where else than towards pods and nodes pods keep their address",
+)
+EGRESS = Map(
+    "egress",
+    (Field.SOURCE,),
+    data=(Field.SOURCE,),
+    interval=True,
+    comment="chosen addresses that pods get towards the outside",
 )
 HAIRPIN = Map(
     "hairpin", (Field.SOURCE, Field.DESTINATION), comment="endpoints of this node that may call themselves"
@@ -74,6 +88,15 @@ HAIRPIN = Map(
 NODE_PORT_ADDRESSES = Map(
     "node_port_addresses", (Field.DESTINATION,), interval=True, comment="where the node has node ports"
 )
+
+RANGE_FIELDS: dict[Map, str] = {
+    POD_CIDRS: "pod_cidrs",
+    NODE_PODS: "node_pods",
+    LOCAL_POD_CIDRS: "local_pod_cidrs",
+    NO_MASQUERADE: "no_masquerade",
+    NODE_PORT_ADDRESSES: "node_ports",
+}
+"""The sets that hold what a field of `NodeRanges` has, and which."""
 CLUSTER_ADDRESSES = Map(
     "cluster_addresses", (Field.DESTINATION,), comment="addresses that have no other use than their services"
 )
@@ -99,6 +122,11 @@ class Kind:
     shapes: Map
     endpoints: Map
     affinity: Map
+
+    @property
+    def first_chain(self) -> str:
+        """The chain for packets whose choice is not there: the first endpoint, else refused."""
+        return f"{self.name}_first"
 
     @property
     def affinity_chain(self) -> str:
@@ -128,7 +156,7 @@ NODE_PORTS_INTERNAL = _kind("node_ports_internal", by_address=False)
 NODE_PORTS = _kind("node_ports", by_address=False)
 KINDS = (SERVICES_INTERNAL, SERVICES, NODE_PORTS_INTERNAL, NODE_PORTS)
 RANGES = (POD_CIDRS, NODE_PODS, LOCAL_POD_CIDRS, NO_MASQUERADE, NODE_PORT_ADDRESSES)
-SETS = (*RANGES, HAIRPIN, CLUSTER_ADDRESSES, RESTRICTED, ALLOWED_SOURCES)
+SETS = (*RANGES, EGRESS, NODE_ADDRESSES, HAIRPIN, CLUSTER_ADDRESSES, RESTRICTED, ALLOWED_SOURCES)
 SHAPES = Map("shapes", (Field.PRIORITY,), verdicts=True, comment="the chain of a shape")
 """The only map of verdicts that all packets meet, and it has a few hundred elements.
 
@@ -140,6 +168,7 @@ MAPS = (*SETS, SHAPES, *(m for kind in KINDS for m in (kind.shapes, kind.endpoin
 """Everything that the table has, whatever services there are."""
 
 REJECT_CHAIN = "reject_no_endpoints"
+OUTSIDE_CHAIN = "pods_to_outside"
 
 
 _FORGET_SHAPE: tuple[Expression, ...] = (Constant(bytes(4)), MetaSet(MetaKey.PRIORITY))
@@ -219,19 +248,47 @@ def balance_chain(kind: Kind, endpoints: int, masquerade: MasqueradePolicy) -> s
 def balance_rules(
     family: Family, kind: Kind, endpoints: int, masquerade: MasqueradePolicy
 ) -> tuple[Operation, ...]:
-    """Return what makes a balancing chain: a mark if it masquerades, then the random choice."""
+    """Return what makes a balancing chain: a mark if it masquerades, then the random choice.
+
+    Each look-up of a packet sees the elements of its moment, not those of one moment for the whole walk. So a
+    number of endpoints found before a change can lead to a choice that the change has taken away. Without its
+    last rule, such a packet would leave for the cluster address, and conntrack hold on to that.
+    """
     name = balance_chain(kind, endpoints, masquerade)
     rules = [*mark_rules(family, name, masquerade)]
-    fields, slots = _key(family, kind)
-    choose: tuple[Expression, ...] = (
-        *_FORGET_SHAPE,
+    rules.append(Rule(name, (*_FORGET_SHAPE, *_choose(family, kind, endpoints)), f"one of {endpoints}"))
+    rules.append(Rule(name, (Do(Verdict.GOTO, kind.first_chain),), "the one chosen has just gone"))
+    return (AddChain(Chain(name)), *(AddRule(r) for r in rules))
+
+
+def dnat_to(family: Family, protocol: int, address: str, port: int) -> tuple[Expression, ...]:
+    """Translate to one address and port; nft loads that only after a match of the protocol."""
+    return (
+        Meta(MetaKey.L4PROTO),
+        Cmp(Compare.EQ, bytes([protocol])),
+        Constant(socket.inet_pton(family.af, address)),
+        Constant(struct.pack(">H", port), family.size // 4),
+        Dnat(family.af, address_slot=0, port_slot=family.size // 4),
+    )
+
+
+def _first(family: Family, kind: Kind) -> Iterator[Operation]:
+    """Yield the chain where balancing ends when the choice is not there."""
+    name = kind.first_chain
+    yield AddChain(Chain(name))
+    yield AddRule(Rule(name, _choose(family, kind, 1), "the first"))
+    yield AddRule(Rule(name, (Do(Verdict.GOTO, REJECT_CHAIN),), "all have just gone"))
+
+
+def _choose(family: Family, kind: Kind, endpoints: int) -> tuple[Expression, ...]:
+    """Translate to one of so many endpoints."""
+    fields, slots = lookup_key(family, kind)
+    return (
         *fields,
         RandomIndex(endpoints, slot=slots),
         MapLookup(kind.endpoints.name),
         Dnat(family.af, address_slot=0, port_slot=family.size // 4),
     )
-    rules.append(Rule(name, choose, f"one of {endpoints}"))
-    return (AddChain(Chain(name)), *(AddRule(r) for r in rules))
 
 
 def mark_rules(family: Family, chain: str, masquerade: MasqueradePolicy) -> Iterator[Rule]:
@@ -266,43 +323,61 @@ def _structure(family: Family) -> Iterator[Operation]:
     for which in MAPS:
         yield AddMap(which)
     yield AddChain(Chain(REJECT_CHAIN))
-    for rule in _reject(family):
+    yield AddChain(Chain(OUTSIDE_CHAIN))
+    for rule in (*reject_empty(family), *to_outside(family)):
         yield AddRule(rule)
     yield AddChain(Chain("prerouting", BaseChain("nat", Hook.PREROUTING, PRIORITY_DSTNAT)))
     yield AddChain(Chain("output", BaseChain("nat", Hook.OUTPUT, PRIORITY_DSTNAT)))
     yield AddChain(Chain("postrouting", BaseChain("nat", Hook.POSTROUTING, PRIORITY_SRCNAT)))
     for rule in (
-        *_translate(family, "prerouting"),
-        *_translate(family, "output"),
+        *translate(family, "prerouting"),
+        *_own(),
+        *translate(family, "output"),
         *_postrouting(family),
     ):
         yield AddRule(rule)
+    for kind in KINDS:
+        yield from _first(family, kind)
     for shape in sorted(COMMON_SHAPES, key=_order):
         yield from balance_rules(family, *shape)
     for kind in KINDS:
         yield AddChain(Chain(kind.affinity_chain))
         known: tuple[Expression, ...] = (
             *_FORGET_SHAPE,
-            *_key(family, kind)[0],
+            *lookup_key(family, kind)[0],
             VerdictLookup(kind.affinity.name),
         )
         yield AddRule(Rule(kind.affinity_chain, known, "frontends with session affinity"))
     yield AddElements(SHAPES, constant_shapes())
 
 
-def _reject(family: Family) -> Iterator[Rule]:
+def reject_empty(family: Family) -> Iterator[Rule]:
+    """Yield what answers for frontends without endpoints."""
     tcp = (Meta(MetaKey.L4PROTO), Cmp(Compare.EQ, bytes([6])))
     yield Rule(REJECT_CHAIN, (*tcp, Reject()), "no endpoints: TCP reset")
     yield Rule(REJECT_CHAIN, (Reject(family.port_unreachable),), "no endpoints: ICMP port unreachable")
 
 
-def _translate(family: Family, chain: str) -> Iterator[Rule]:
+def to_outside(family: Family) -> Iterator[Rule]:
+    """Yield what gives pods' packets to the outside their address."""
+    chosen = (source(family), MapLookup(EGRESS.name), Snat(family.af))
+    yield Rule(OUTSIDE_CHAIN, chosen, "where an address is chosen for it")
+    yield Rule(OUTSIDE_CHAIN, (Counter(), Masquerade()), "else that of the interface")
+
+
+def _own() -> Iterator[Rule]:
+    """Yield what keeps the L7 proxy's connections from coming back to it, or to anybody by a service."""
+    group = (Meta(MetaKey.SKGID), Cmp(Compare.EQ, struct.pack("=I", places.OWNER)))
+    yield Rule("output", (*group, Do(Verdict.RETURN)), "what the L7 proxy sends is never translated")
+
+
+def translate(family: Family, chain: str) -> Iterator[Rule]:
     """Yield the destination NAT rules: by address first; node ports last, on addresses of the node.
 
     Where clients inside the cluster are served differently, their maps come first. What the node itself sends
     is inside.
     """
-    key, after = _key(family, SERVICES)
+    key, after = lookup_key(family, SERVICES)
     inside = () if chain == "output" else (source(family), Lookup(POD_CIDRS.name))
     refused: tuple[Expression, ...] = (
         *(*key, Lookup(RESTRICTED.name)),
@@ -313,7 +388,7 @@ def _translate(family: Family, chain: str) -> Iterator[Rule]:
     words = "external addresses for clients inside the cluster, where these differ"
     yield from _go(family, chain, inside, SERVICES_INTERNAL, words)
     yield from _go(family, chain, (), SERVICES, "cluster and external addresses")
-    others = (_destination(family), Lookup(CLUSTER_ADDRESSES.name), Do(Verdict.GOTO, REJECT_CHAIN))
+    others = (destination_of(family), Lookup(CLUSTER_ADDRESSES.name), Do(Verdict.GOTO, REJECT_CHAIN))
     yield Rule(chain, others, "ports of cluster addresses that no service has")
     node = _to_this_node(family)
     words = "node ports for clients inside the cluster, where these differ"
@@ -325,7 +400,7 @@ def _go(
     family: Family, chain: str, condition: tuple[Expression, ...], kind: Kind, words: str
 ) -> Iterator[Rule]:
     """Yield the two rules that find the shape of a frontend, and go to its chain."""
-    shape = (*_key(family, kind)[0], MapLookup(kind.shapes.name), MetaSet(MetaKey.PRIORITY))
+    shape = (*lookup_key(family, kind)[0], MapLookup(kind.shapes.name), MetaSet(MetaKey.PRIORITY))
     yield Rule(chain, (*condition, *shape), words)
     yield Rule(chain, (Meta(MetaKey.PRIORITY), VerdictLookup(SHAPES.name)), "to the chain of that shape")
 
@@ -342,17 +417,17 @@ def _postrouting(family: Family) -> Iterator[Rule]:
         Bitwise(struct.pack("=I", IPS_DST_NAT), bytes(4)),
         Cmp(Compare.NEQ, bytes(4)),
     )
-    pair = (source(family), _destination(family, slot=family.size // 4), Lookup(HAIRPIN.name))
+    pair = (source(family), destination_of(family, slot=family.size // 4), Lookup(HAIRPIN.name))
     yield Rule(
         "postrouting", (*translated, *pair, Counter(), Masquerade()), "a pod that reached itself by a service"
     )
-    leaving = (
-        source(family),
-        Lookup(LOCAL_POD_CIDRS.name),
-        _destination(family),
-        Lookup(NO_MASQUERADE.name, invert=True),
+    inside = (NODE_ADDRESSES, POD_CIDRS, NO_MASQUERADE)
+    leaving: tuple[Expression, ...] = (
+        *(source(family), Lookup(LOCAL_POD_CIDRS.name)),
+        *(part for which in inside for part in (destination_of(family), Lookup(which.name, invert=True))),
     )
-    yield Rule("postrouting", (*leaving, Counter(), Masquerade()), "pods to the outside")
+    to = (Counter(), Do(Verdict.GOTO, OUTSIDE_CHAIN))
+    yield Rule("postrouting", (*leaving, *to), "pods to the outside")
 
 
 def source(family: Family, slot: int = 0) -> Payload:
@@ -360,25 +435,26 @@ def source(family: Family, slot: int = 0) -> Payload:
     return Payload(Base.NETWORK, family.source_offset, family.size, slot)
 
 
-def _destination(family: Family, slot: int = 0) -> Payload:
+def destination_of(family: Family, slot: int = 0) -> Payload:
+    """Return the load of the destination address into a register."""
     return Payload(Base.NETWORK, family.destination_offset, family.size, slot)
 
 
-def _key(family: Family, kind: Kind) -> tuple[tuple[Expression, ...], int]:
+def lookup_key(family: Family, kind: Kind) -> tuple[tuple[Expression, ...], int]:
     """Return the loads of a kind's key, and the first free register after them."""
     after = family.size // 4 if kind.by_address else 0
-    address: tuple[Expression, ...] = (_destination(family),) if kind.by_address else ()
+    address: tuple[Expression, ...] = (destination_of(family),) if kind.by_address else ()
     return (*address, Meta(MetaKey.L4PROTO, after), Payload(Base.TRANSPORT, 2, 2, after + 1)), after + 2
 
 
 def _to_this_node(family: Family) -> tuple[Expression, ...]:
     """Match the node's addresses that have node ports, loopback ones never (CVE-2020-8558)."""
-    wanted = (_destination(family), Lookup(NODE_PORT_ADDRESSES.name))
+    wanted = (destination_of(family), Lookup(NODE_PORT_ADDRESSES.name))
     local = (*wanted, FibDestinationType(), Cmp(Compare.EQ, struct.pack("=I", RTN_LOCAL)))
     if family is Family.V4:
         first_byte = Payload(Base.NETWORK, family.destination_offset, 1)
         return (*local, first_byte, Cmp(Compare.NEQ, b"\x7f"))
-    return (*local, _destination(family), Cmp(Compare.NEQ, bytes(15) + b"\1"))
+    return (*local, destination_of(family), Cmp(Compare.NEQ, bytes(15) + b"\1"))
 
 
 def _mark_bytes() -> bytes:
