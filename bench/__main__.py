@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import cluster, cni, connect, live, proxy
+from bench import cluster, cni, connect, l7, live, network, peers, proxy
 
-PARTS = (proxy, connect, cni, live, cluster)
+PARTS = (proxy, connect, cni, network, l7, peers, live, cluster)
 
 
 def main() -> None:

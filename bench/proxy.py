@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,10 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from bench import layout as shapes
 from bench.figures import ms, p50, quantile, show
@@ -25,10 +27,10 @@ from bench.plugins import resident
 from lab.probe import wait_status
 from netlink import netns
 from netlink.family import Family
-from netlink.nftables.batch import Nft
+from netlink.xtables import Variant
+from node.dataplanes import NFTABLES, opened
+from proxy.dataplane import NodeRanges
 from proxy.frontends import frontends
-from proxy.nftables.dataplane import Dataplane, NodeRanges
-from proxy.nftables.ruleset import TABLE
 from proxy.table import Change, FrontendTable
 from proxy.topology import Place
 
@@ -45,6 +47,8 @@ ADD, REMOVE = "add a service", "remove a service"
 REPLACE_MANY, ROLL = f"replace {MANY} endpoints of one service", "rolling update, each change"
 PLOTTED = (REPLACE, FEWER, ADD)
 STEPS = (FEWER, MORE, ADD, REMOVE)
+IPTABLES_TARGETS = {LOAD: 3000.0, REPLACE: 100.0}
+"""The most that these may take with the legacy variant and 1,000 x 10, in ms."""
 FLAT = 1.5
 """How much longer than at the smallest size it may take to replace an endpoint at the largest."""
 DAEMON_MB = 150
@@ -97,6 +101,13 @@ def add_parser(commands: Any) -> None:
         help="measure the layout of a chain per service and endpoint up to this size; "
         "its load takes minutes at 10,000 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--iptables-up-to",
+        type=int,
+        default=1000,
+        metavar="SERVICES",
+        help="measure the iptables dataplane, in both variants, up to this size (default: %(default)s)",
+    )
     parser.add_argument("--no-chains", action="store_true", help="leave that layout out")
     parser.add_argument("--daemon", type=_size, default=(10_000, 10), help="the daemon's memory at this size")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write change latency over size there")
@@ -127,6 +138,7 @@ def run(args: argparse.Namespace) -> None:
             curves += _curves(services, ours, theirs)
     columns = ("size", "what", "p50 ms", "p99 ms", "cpu ms", "as chains, nft -f, ms", "ratio")
     show("Service proxy: from a parsed snapshot to the kernel", columns, rows)
+    _iptables([size for size in args.sizes if size[0] <= args.iptables_up_to], found)
     services, endpoints = args.daemon
     _say(f"a daemon with {services} x {endpoints}")
     checks = [
@@ -155,6 +167,23 @@ def _checks(found: dict[tuple[int, int], Found]) -> Iterator[tuple[str, ...]]:
 
 def _check(size: tuple[int, int], what: str, value: float, limit: float) -> tuple[str, ...]:
     return f"{size[0]} x {size[1]}", what, ms(value), f"{limit:g}", "yes" if value <= limit else "NO"
+
+
+def _iptables(sizes: Sequence[tuple[int, int]], found: dict[tuple[int, int], Found]) -> None:
+    """Measure the iptables dataplane, and show it beside the other."""
+    rows, checks = [], []
+    for size, variant in itertools.product(sizes, Variant):
+        _say(f"{size[0]} x {size[1]} by iptables-{variant.value}")
+        measured = _apart(partial(_measure_iptables, f"iptables-{variant.value}"), *size)
+        for what, samples in measured.wall.items():
+            nftables = p50(found[size].wall[what])
+            other = (ms(nftables), f"{p50(samples) / nftables:.3g}")
+            rows.append((f"{size[0]} x {size[1]}", variant.value, what, ms(p50(samples)), *other))
+        if variant is Variant.LEGACY:
+            for what, limit in IPTABLES_TARGETS.items():
+                checks.append(_check(size, f"iptables-legacy: {what}", p50(measured.wall[what]), limit))
+    show("The iptables dataplane", ("size", "variant", "what", "p50 ms", "nftables, ms", "ratio"), rows)
+    show("What must hold of it", ("size", "what", "measured", "at most", "holds"), checks)
 
 
 def _rows(ours: Found, theirs: Found) -> Iterator[tuple[str, ...]]:
@@ -213,10 +242,17 @@ def _namespace() -> Iterator[str]:
 class Proxy:
     """What the daemon does with a change, without its threads: frontends, table, dataplane."""
 
-    def __init__(self, nft: Nft) -> None:
-        self._nft = nft
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._stack = ExitStack()
         self._table = FrontendTable()
-        self._dataplane = Dataplane(nft)
+        self._dataplane = self._stack.enter_context(opened(kind, Family.V4))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def load(self, layout: Sequence[Pair]) -> None:
         """Load all, from nothing."""
@@ -226,7 +262,8 @@ class Proxy:
 
     def adopt(self) -> None:
         """Do what a daemon does that finds everything in the kernel."""
-        Dataplane(self._nft).load(self._table, RANGES)
+        with opened(self._kind, Family.V4) as dataplane:
+            dataplane.load(self._table, RANGES)
 
     def set(self, number: int, pods: Sequence[int]) -> None:
         """Set the pods of a service, which is new if it was not there."""
@@ -245,8 +282,7 @@ def _measure(layout: list[Pair]) -> Found:
     found = Found()
     services, count = len(layout), len(layout[0][1].endpoints)
     fresh = services * count  # numbers of pods that no service has yet
-    with Nft(Family.V4, TABLE) as nft:
-        proxy = Proxy(nft)
+    with Proxy(NFTABLES) as proxy:
         gc.disable()  # as the daemon does until its first sync is done
         found.time(LOAD, lambda: proxy.load(layout))
         gc.enable()
@@ -273,6 +309,22 @@ def _measure(layout: list[Pair]) -> Found:
         for i in range(min(ROLLING, services - 1)):
             own = range((i + 1) * count, (i + 2) * count)
             found.time(ROLL, lambda i=i, o=own: proxy.set(i + 1, [*o[1:], fresh + i]))  # type: ignore[misc]
+    return found
+
+
+def _measure_iptables(kind: str, layout: list[Pair]) -> Found:
+    found = Found()
+    services, count = len(layout), len(layout[0][1].endpoints)
+    fresh = services * count
+    with Proxy(kind) as proxy:
+        found.time(LOAD, lambda: proxy.load(layout))
+        found.time(ADOPT, proxy.adopt)
+        for i in range(SLOW_CHANGES):
+            own = range(i * count, i * count + count)
+            found.time(REPLACE, lambda i=i, o=own: proxy.set(i, [*o[1:], fresh + i]))  # type: ignore[misc]
+            found.time(FEWER, lambda i=i, o=own: proxy.set(i, o[1:]))  # type: ignore[misc]
+            found.time(ADD, lambda i=i, o=own: proxy.set(services + i, o))  # type: ignore[misc]
+            found.time(REMOVE, lambda i=i: proxy.remove(services + i))  # type: ignore[misc]
     return found
 
 
