@@ -13,9 +13,9 @@ import pytest
 from cni import install
 from netlink import netns
 from netlink.family import Family
+from netlink.xtables import Variant
 from node.leftovers import Leftover, Removal
 from node.leftovers import remove as remove_leftovers
-from node.xtables import Variant
 from tests.node.kube_proxy import SVC, load, load_everywhere, ruleset, running_in, saved, saved_everywhere
 from tests.node.world import podwire
 
@@ -44,7 +44,7 @@ def test_what_doctor_reports_goes_and_a_second_time_finds_nothing(namespaces: Ca
     lines = [line for line in out.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 12
     assert all(line.startswith("removed ") for line in lines)
-    assert netns.run(node, podwire, "doctor")[0] == 0
+    assert netns.run(node, podwire, "doctor", "--check", "kube-proxy")[0] == 0
     status, out, err = cleanup(node)
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == "nothing of kube-proxy's was found"

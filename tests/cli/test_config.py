@@ -18,7 +18,8 @@ from cli.daemon_client import SOCKET
 from cli.host import STATE_DIR
 from cli.main import main, parser
 from node import config
-from node.config import ConfigError, Configuration
+from node.config import ConfigError
+from node.config_keys import Configuration
 
 FILE = """
 source: /file
@@ -142,7 +143,7 @@ def test_the_daemon_is_told_what_file_and_flags_say(file: Path) -> None:
     assert made.sync.no_masquerade == ("10.0.0.0/8", "172.16.0.0/12")
     assert made.sync.ipam.quarantine == 3.0
     assert made.sync.node_port_addresses == ()  # primary
-    assert made.tcp_be_liberal
+    assert made.sync.tcp_be_liberal
 
 
 def test_a_reload_reads_the_file_again_and_keeps_the_flags(file: Path) -> None:

@@ -205,7 +205,10 @@ def test_removal_prints_what_was_there_and_leaves_what_is_others(tree: Tree) -> 
         (["--wait", "inf"], "--wait inf is not a number of seconds"),
         (["--host-root", "/nowhere"], "--host-root /nowhere is not a folder"),
         (["--python", "/no/python"], "the interpreter /no/python cannot be run: No such file or directory"),
-        (["--python", "/bin/true"], "the interpreter /bin/true is broken, but podwire needs cpython-311"),
+        (
+            ["--python", "/bin/true"],
+            "the interpreter /bin/true is broken (exit status 0), but podwire needs cpython-311",
+        ),
         (
             ["--host-root", "/", "--bin-dir", "bin"],
             "bin is not an absolute path, as it must be with --host-root",

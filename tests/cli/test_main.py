@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -42,9 +43,9 @@ def examples() -> list[tuple[str, ...]]:
     for words in commands(parser()):
         epilog = parser_of(words).epilog or ""
         for line in epilog.splitlines():
-            text = line.strip().split("   ")[0].split()
-            if text[:1] == ["podwire"]:
-                found.append(tuple(text[1:]))
+            text = line.strip().split("   ")[0]
+            if text.startswith("podwire "):
+                found.append(tuple(shlex.split(text)[1:]))
     return found
 
 

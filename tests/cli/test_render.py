@@ -161,6 +161,10 @@ def test_options_are_those_of_the_daemon(folder: Path) -> None:
     assert elements(out, "local_pod_cidrs") == []
     assert "10.0.0.0/8" in elements(out, "no_masquerade")
     assert render(folder, "-o", "nft", "--family", "ipv4", "--nodeport-addresses", "primary")[1] == plain
+    assert elements(plain, "egress") == []
+    egress = ("--egress-address", "203.0.113.7", "--egress-address", "2001:db8::7")
+    _, out, _ = render(folder, "-o", "nft", "--family", "ipv4", *egress)
+    assert elements(out, "egress") == ["10.244.1.0/24 : 203.0.113.7"]
 
 
 def test_the_same_folder_is_printed_the_same_each_time(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def limits(end: End) -> dict[int, Tbf]:
 
 @pytest.fixture(scope="module")
 def pod(namespaces: Callable[[], str]) -> Pod:
-    return Pod(*join(namespaces, "pwhost", "eth0"))
+    return Pod(*join(namespaces, "pwpodhost", "eth0"))
 
 
 BOTH = Bandwidth(ingress=Rate(20 * M, UNKNOWN_BURST), egress=Rate(80 * M, UNKNOWN_BURST))
@@ -183,7 +183,7 @@ def seconds_for(size: int, sender: socket.socket, receiver: socket.socket) -> fl
 
 def dropped(pod: Pod) -> int:
     """Return how many packets the guard dropped."""
-    command = ["nft", "-j", "list", "chain", "ip", tables.NAME, "prerouting"]
+    command = ["nft", "-j", "list", "chain", "ip", tables.NAME, "pod"]
     done = netns.run(pod.host.netns, lambda: subprocess.run(command, check=True, capture_output=True))
     rules = [item["rule"] for item in json.loads(done.stdout)["nftables"] if "rule" in item]
     (rule,) = (r for r in rules if "bandwidth" in r["comment"])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from ipaddress import ip_address, ip_interface, ip_network
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from lab.topology import (
     POD_CIDRS,
     SERVICE_CIDRS,
     STAND_IN,
+    Backend,
+    Between,
     IpFamily,
     LabError,
     Mode,
+    ProxyMode,
     Topology,
     plan,
 )
@@ -89,6 +93,34 @@ def test_a_lab_of_one_family_has_nothing_of_the_other() -> None:
             node.address(other)
 
 
+def test_pods_and_hosts_can_be_of_different_families() -> None:
+    lab = plan("x", ip_family=IpFamily.IPV6, between=Between(underlay=IpFamily.IPV4))
+    assert lab.about == "routed pods, IPv6 over IPv4, backend auto, proxy mode nftables"
+    assert (lab.families, lab.shared) == ((Family.V6,), ())
+    assert (lab.nodes[0].addresses, lab.nodes[0].pod_cidrs) == (("192.168.50.11",), ("fd00:10:244:1::/64",))
+    with pytest.raises(LabError, match="needs hosts with IPv6 addresses"):
+        plan("x", ip_family=IpFamily.DUAL, between=Between(Backend.DIRECT, IpFamily.IPV4))
+
+
+@pytest.mark.parametrize(
+    ("backend", "underlay", "family", "tunnelled"),
+    [
+        (Backend.AUTO, IpFamily.DUAL, Family.V4, [False, True]),
+        (Backend.AUTO, IpFamily.IPV4, Family.V6, [True, True]),
+        (Backend.AUTO, IpFamily.IPV6, Family.V4, [False, True]),
+        (Backend.VXLAN, IpFamily.DUAL, Family.V6, [True, True]),
+        (Backend.DIRECT, IpFamily.DUAL, Family.V4, [False, False]),
+    ],
+)
+def test_the_backend_says_which_nodes_meet_in_a_tunnel(
+    backend: Backend, underlay: IpFamily, family: Family, tunnelled: list[bool]
+) -> None:
+    lab = plan("x", ip_family=IpFamily.DUAL, between=Between(backend, underlay))
+    first, *others = lab.nodes
+    assert [lab.tunnelled(first, other, family) for other in others] == tunnelled
+    assert not lab.tunnelled(first, first, family)
+
+
 def test_the_last_of_three_nodes_is_across_the_router() -> None:
     lab = plan("x")
     assert [node.segment for node in lab.nodes] == ["lan0", "lan0", "lan1"]
@@ -134,7 +166,10 @@ def test_an_unknown_place_is_answered_with_those_there_are() -> None:
 def test_a_saved_lab_is_loaded_as_it_was(tmp_path: Path) -> None:
     from lab import state
 
-    topology: Topology = plan("x", 5, 2, Mode.BRIDGE, IpFamily.IPV6)
+    between = Between(Backend.VXLAN, IpFamily.DUAL)
+    topology: Topology = replace(
+        plan("x", 5, 2, Mode.BRIDGE, IpFamily.IPV6, between), proxy_mode=ProxyMode.IPTABLES
+    )
     lab = state.Lab(topology, tmp_path / "x")
     state.save(lab)
     assert state.load("x", tmp_path) == lab

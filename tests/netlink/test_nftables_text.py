@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -18,6 +19,8 @@ from netlink.nftables.expressions import (
     Compare,
     Constant,
     Counter,
+    Ct,
+    CtKey,
     Dnat,
     Do,
     Expression,
@@ -28,13 +31,16 @@ from netlink.nftables.expressions import (
     MetaSet,
     Payload,
     Reject,
+    SocketTransparent,
     Verdict,
 )
 from netlink.nftables.fake import FakeNft, State
-from netlink.nftables.objects import BRIDGE, Chain, Field, Map, Rule, Table
-from netlink.nftables.operations import DeleteTable
+from netlink.nftables.objects import BRIDGE, PRIORITY_MANGLE, Chain, Field, Hook, Map, Rule, Table
+from netlink.nftables.objects import Base as BaseChain
+from netlink.nftables.operations import AddChain, AddRule, AddTable, DeleteTable
 from netlink.nftables.text import listing
 from node.store import Store
+from proxy.dataplane import NodeRanges
 from proxy.frontends import Frontend, frontends
 from proxy.model import (
     Endpoint,
@@ -46,7 +52,7 @@ from proxy.model import (
     ServicePort,
     TrafficPolicy,
 )
-from proxy.nftables.dataplane import Dataplane, NodeRanges
+from proxy.nftables.dataplane import Dataplane
 from proxy.nftables.ruleset import TABLE
 from proxy.table import FrontendTable
 from proxy.topology import Place
@@ -66,6 +72,8 @@ RANGES = NodeRanges(
     local_pod_cidrs=("10.244.1.0/24", "fd44:0:0:1::/64"),
     no_masquerade=("192.168.50.11/32", "192.168.50.12/31", "255.255.255.0/24", "fd50::b/128", "ff00::/8"),
     node_ports=("0.0.0.0/0", "::/0"),
+    node_addresses=("192.168.50.11", "192.168.50.12", "fd50::b"),
+    egress=("192.0.2.1", "fd00::1"),
 )
 SOURCES = {
     Family.V4: ("10.1.0.0/16", "10.3.0.4/32", "192.168.0.0/24", "192.168.1.0/25", "128.0.0.0/2"),
@@ -178,6 +186,38 @@ def test_a_rule_needs_no_comment() -> None:
     rule = Rule("one", (SADDR, Cmp(Compare.NEQ, b"\x0a\0"), Counter(), Do(Verdict.JUMP, "two")), "")
     printed = listing(TABLE_V4, State("", {"one": Chain("one")}, {"one": [rule]}))
     assert "\t\tip saddr != 10.0.0.0/16 counter packets 0 bytes 0 jump two\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("expressions", "words"),
+    [
+        ((Meta(MetaKey.SKGID), Cmp(Compare.EQ, struct.pack("=I", 61000))), "meta skgid 61000"),
+        ((Meta(MetaKey.SKGID), Cmp(Compare.NEQ, struct.pack("=I", 7))), "meta skgid != 7"),
+        ((Ct(CtKey.DIRECTION), Cmp(Compare.EQ, b"\1")), "ct direction reply"),
+        ((Ct(CtKey.DIRECTION), Cmp(Compare.EQ, b"\0")), "ct direction original"),
+        ((SocketTransparent(), Cmp(Compare.EQ, b"\1")), "socket transparent 1"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_of_sockets_and_connections(
+    two: Where, expressions: tuple[Expression, ...], words: str
+) -> None:
+    """As nft prints it."""
+    chain = Chain("one", BaseChain("filter", Hook.PREROUTING, PRIORITY_MANGLE))
+    rule = Rule("one", (*expressions, Do(Verdict.RETURN)), "")
+    state = State("a comment", {"one": chain}, {"one": [rule]})
+    text = listing(TABLE_V4, state)
+    assert f"\t\t{words} return\n" in text
+
+    def load() -> str:
+        with Nft(Family.V4, TABLE) as kernel:
+            kernel.commit([AddTable("a comment"), AddChain(chain), AddRule(rule)])
+            try:
+                return nft("list", "table", "ip", TABLE)
+            finally:
+                kernel.commit([DeleteTable()])
+
+    assert netns.run(two(), load).replace(' comment ""', "") == text
 
 
 TABLE_V4 = Table(Family.V4, TABLE)

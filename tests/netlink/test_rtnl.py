@@ -16,6 +16,7 @@ from netlink.requests import (
     Route,
     Veth,
     address_add,
+    address_delete,
     bridge_add,
     bridge_hairpin,
     link_delete,
@@ -136,6 +137,31 @@ def test_addresses_of_both_families_are_usable_at_once(inside: Inside[None]) -> 
             route = rtnl.route_to(near)
             assert route
             assert route.oif == left
+
+    inside(work)
+
+
+def test_a_passive_address_answers_and_is_never_chosen_as_a_source(inside: Inside[None]) -> None:
+    def work(rtnl: Rtnl) -> None:
+        left, _ = pair(rtnl)
+        passive = ("10.244.1.0/32", "fd00:244:1::/128")
+        rtnl.commit(link_up(1), *(address_add(left, cidr, passive=True) for cidr in passive))
+        found = {a.cidr: a for a in rtnl.addresses(left)}
+        assert all(found[cidr].passive for cidr in passive)
+        rtnl.commit(address_add(left, "10.0.0.1/24"), address_add(left, "fd00::1/64"))
+        found = {a.cidr: a for a in rtnl.addresses(left)}
+        assert not any(found[cidr].passive for cidr in ("10.0.0.1/24", "fd00::1/64"))
+        wait_until(lambda: rtnl.passes(left) and rtnl.owns("fd00:244:1::"))
+        for cidr, near, source in ((passive[0], "10.0.0.9", "10.0.0.1"), (passive[1], "fd00::9", "fd00::1")):
+            assert rtnl.owns(cidr.split("/")[0])
+            route = rtnl.route_to(near)
+            assert route
+            assert route.source == source
+        rtnl.commit(*(address_delete(left, cidr) for cidr in passive))
+        assert not {a.cidr for a in rtnl.addresses(left)} & set(passive)
+        with pytest.raises(NetlinkError, match=r"^cannot remove address 10.244.1.0/32") as failure:
+            rtnl.commit(address_delete(left, passive[0]))
+        assert failure.value.gone
 
     inside(work)
 
@@ -268,6 +294,15 @@ def test_any_number_of_routes_is_written_and_read_at_once(inside: Inside[None]) 
     inside(work)
 
 
+def test_sockets_have_port_ids_of_their_own(inside: Inside[None]) -> None:
+    def work(rtnl: Rtnl) -> None:
+        with Rtnl() as other:
+            assert 0 != other.port != rtnl.port != 0
+
+    inside(work)
+
+
 def test_a_socket_that_is_not_open_says_so() -> None:
-    with pytest.raises(RuntimeError, match="not open"):
-        Rtnl().links()
+    for question in (Rtnl.links, Rtnl.port.fget):  # type: ignore[attr-defined]
+        with pytest.raises(RuntimeError, match="not open"):
+            question(Rtnl())

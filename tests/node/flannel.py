@@ -27,7 +27,7 @@ from lab import probe
 from lab.probe import Answer, Result, wait_status
 from netlink import netns
 from netlink.family import Family
-from node.xtables import Variant
+from netlink.xtables import Variant
 from tests.node import kube_proxy
 from tests.node.world import wait_until
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from netlink import netns
 from netlink.family import Family
-from node.xtables import Variant
+from netlink.xtables import Variant
 from tests.node.world import wait_until
 
 SVC, SEP, EXT = "KUBE-SVC-NPX46M4PTMTKRN6Y", "KUBE-SEP-QHNBUIKLMXRGWQTB", "KUBE-EXT-CG5I4G2RS3ZVWGLK"

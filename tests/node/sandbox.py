@@ -151,7 +151,8 @@ def restrict(unit: dict[str, list[str]], permitted: set[str]) -> None:
     system = Filter(ERRNO | errno.EPERM)
     for call in permitted | {"seccomp", "prctl"}:
         system.add(ALLOW, call)
-    for each in (sockets, memory, spaces, system):
+    denied = (memory,) if unit["MemoryDenyWriteExecute"] == ["yes"] else ()
+    for each in (sockets, *denied, spaces, system):
         each.load()
 
 

@@ -13,10 +13,11 @@ from netlink.family import Family
 from netlink.nftables.batch import Nft
 from netlink.requests import Route, route_replace
 from netlink.rtnl import Rtnl
+from proxy.dataplane import NodeRanges
 from proxy.frontends import frontends
 from proxy.model import Endpoint, EndpointPort, EndpointSlice, ObjectName, Protocol, Service, ServicePort
 from proxy.nftables import parts
-from proxy.nftables.dataplane import Dataplane, NodeRanges
+from proxy.nftables.dataplane import Dataplane
 from proxy.nftables.ruleset import TABLE
 from proxy.topology import Place
 from tests.node.world import CLUSTER_IP, NODES, PEER, SERVERS, World, build, ended, podwire, wait_until

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cni.settings import Mode
-from node import config
-from node.config import ConfigError, Configuration, build, changes, ipam_of, options
+from node import config, config_keys
+from node.config import ConfigError, build, changes, ipam_of, options
 from node.config_file import MOST_PROBLEMS, Document, load, of_document
+from node.config_keys import Configuration
 
 
 def problems(tmp_path: Path, text: str | bytes, **flags: Any) -> list[str]:
@@ -47,8 +48,8 @@ def test_what_is_not_said_has_its_default(tmp_path: Path, text: str) -> None:
         ("services: {nodeportAdresses: []}",
          ":1: unknown key services.nodeportAdresses; did you mean nodePortAddresses?"),
         ("a: 1",
-         ":1: unknown key a; known at the top are apiVersion, kind, source, nodeName, kubernetes, pods, "
-                 "services, ipam, metrics, healthz, logs, paths"),
+         ":1: unknown key a; known at the top are apiVersion, kind, source, nodeName, kubernetes, network, "
+                 "pods, services, l7, ipam, metrics, healthz, logs, paths"),
         ("logs: {colour: red}", ":1: unknown key logs.colour; known in logs are format, level"),
         ("no-masquerade-cidr: []",
          ":1: unknown key no-masquerade-cidr; did you mean pods.noMasqueradeCIDRs?"),
@@ -193,7 +194,7 @@ CHANGED: dict[str, Any] = {
     "ipam.exclude": ("10.1.0.1",),
     "ipam.reserve": ("10.1.0.2",),
     "ipam.quarantine": "1s",
-    "ipam.pools": (config.AddressPool(name="a", ranges=("10.1.0.0/28",)),),
+    "ipam.pools": (config_keys.AddressPool(name="a", ranges=("10.1.0.0/28",)),),
 }
 
 
@@ -240,7 +241,7 @@ def test_the_schema_has_descriptions_defaults_bounds_and_patterns() -> None:
     assert pods["properties"]["mode"]["enum"] == ["bridge", "flat", "routed"]
     mtu = pods["properties"]["mtu"]
     assert mtu["anyOf"][0] == {"type": "integer", "minimum": 576, "maximum": 65535}
-    assert found["$defs"]["Metrics"]["properties"]["bindAddress"]["pattern"] == config.HOST_PORT
+    assert found["$defs"]["Metrics"]["properties"]["bindAddress"]["pattern"] == config_keys.HOST_PORT
     for definition in found["$defs"].values():
         for name, field in definition["properties"].items():
             assert "description" in field or "$ref" in field, name

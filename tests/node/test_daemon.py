@@ -117,7 +117,7 @@ def test_it_brings_services_and_routes_to_the_kernel(world: World) -> None:
     assert {line.strip() for line in our_routes(world)} == {
         f"{POD} dev pod0 scope link",
         "unreachable 10.244.1.0/24 metric 4096",
-        f"10.244.2.0/24 via {PEER} dev eth0",
+        f"10.244.2.0/24 via {PEER} dev eth0 metric 2",
     }
     assert world.run("cat", "/proc/sys/net/ipv4/ip_forward") == "1\n"
     assert "made a new table" in (world.root / "log1").read_text()
@@ -251,10 +251,18 @@ def test_a_service_that_has_no_frontend(world: World) -> None:
 
 def test_routes(world: World) -> None:
     assert world.json("routes") == [
-        {"destination": "10.244.1.0/24", "via": "", "node": "node1"},
-        {"destination": "10.244.2.0/24", "via": PEER, "node": "node2"},
-    ]
-    assert world.ask("routes").splitlines()[1].split() == ["10.244.1.0/24", "-", "node1"]
+        {
+            "destination": "10.244.1.0/24", "node": "node1", "backend": "local",
+            "peer": "", "via": "", "device": "", "mtu": 0,
+        },
+        {
+            "destination": "10.244.2.0/24", "node": "node2", "backend": "direct",
+            "peer": PEER, "via": PEER, "device": "eth0", "mtu": 0,
+        },
+    ]  # fmt: skip
+    assert world.ask("routes").splitlines()[1].split() == [
+        "10.244.1.0/24", "node1", "local", "-", "-", "-", "0"
+    ]  # fmt: skip
 
 
 def test_pods(world: World) -> None:
@@ -311,7 +319,7 @@ def test_overlapping_pod_ranges_are_a_sentence_and_the_first_name_keeps_its_rout
         "node node3: podCIDR 10.244.2.0/24 overlaps 10.244.2.0/24 of node node2, which counts; "
         "it gets no route",
     )
-    assert f"10.244.2.0/24 via {PEER} dev eth0" in {r.strip() for r in our_routes(world)}
+    assert f"10.244.2.0/24 via {PEER} dev eth0 metric 2" in {r.strip() for r in our_routes(world)}
     assert world.connect() == SERVERS[0]
 
 
@@ -320,7 +328,7 @@ def test_a_route_that_the_kernel_refuses_is_a_sentence_and_everything_else_goes_
     world.write(
         "node3.yaml", f"{node}status: {{addresses: [{{type: InternalIP, address: 192.168.50.255}}]}}\n"
     )
-    wait_for_problem(world, "no route to 10.244.3.0/24 via 192.168.50.255: Invalid argument")
+    wait_for_problem(world, "the kernel refuses to set the route to 10.244.3.0/24: Invalid argument")
     world.write("web.yaml", service(server=SERVERS[1]))
     wait_until(lambda: world.connect() == SERVERS[1], "a change of a service")
     assert world.get(10256, "/healthz")[0] == 200

@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netlink.family import Family
+from node.backends.hops import Site, Underlay, Way
 from node.kube import upkeep
 from node.kube.api import Api, ApiError, Credentials
 from node.kube.claims import cluster_ranges
 from node.kube.events import Bucket, Events, Finding, Subject, finding, message, teller
 from node.kube.upkeep import Upkeep, View, pause
-from node.routes import Underlay, plan
+from node.peers import Peers
 from node.sources.objects import ObjectError, parse
 from proxy.frontends import frontends
 from proxy.model import (
@@ -99,13 +100,19 @@ def test_a_conflict_is_told_of_the_service_that_gets_nothing() -> None:
     }
 
 
+def problems_of(nodes: dict[str, Node], me: str, underlay: Underlay) -> tuple[str, ...]:
+    peers = Peers(me)
+    peers.take(nodes, Site(nodes.get(me, Node(me)), underlay))
+    return peers.problems
+
+
 def test_overlapping_pod_ranges_are_told_by_the_two_and_by_nobody_else() -> None:
     nodes = {n: Node(n, ("10.244.1.0/24",), ("192.168.50.11",)) for n in ("node1", "node2")}
     nodes["node3"] = Node("node3", ("10.244.3.0/24",), ("192.168.50.13",))
+    lan = Underlay((Way(ip_network("192.168.50.0/24"), 2),))
     told = {}
     for me in nodes:
-        _, problems = plan(nodes, me, Underlay((ip_network("192.168.50.0/24"),)))
-        told[me] = [finding(p, me) for p in problems]
+        told[me] = [finding(p, me) for p in problems_of(nodes, me, lan)]
     assert told["node1"] == [Finding(ME, "PodCIDRConflict")]
     assert told["node2"] == [Finding(Subject("Node", "node2"), "PodCIDRConflict")]
     assert told["node3"] == [None]
@@ -116,8 +123,7 @@ def test_a_node_without_addresses_is_told_by_one_and_a_way_that_we_lack_by_us() 
         "node2": Node("node2", ("10.244.2.0/24",)),
         "node3": Node("node3", ("10.244.3.0/24",), ("192.168.60.13",)),
     }
-    _, problems = plan(nodes, "node1", Underlay())
-    assert [about(p) for p in problems] == [
+    assert [about(p) for p in problems_of(nodes, "node1", Underlay())] == [
         Finding(Subject("Node", "node2"), "NoInternalIP", shared=True),
         Finding(ME, "NoRouteToPods"),
     ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from netlink.family import Family
+from netlink.xtables import Variant, parse_save
 from node.leftover_chains import is_kube_proxys, select, some_of
-from node.xtables import Variant, parse_save
 
 
 @pytest.mark.parametrize(

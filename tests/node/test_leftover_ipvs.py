@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from node.leftover_ipvs import Server, ipvsadm_text, kube_proxys, parse_ip_vs
+from node.leftover_ipvs import kube_proxys, parse_ip_vs
 
 # As /proc/net/ip_vs of Linux prints (net/netfilter/ipvs/ip_vs_ctl.c).
 LISTED = """\
@@ -60,16 +60,3 @@ def test_addresses_of_the_interface_and_node_ports_to_the_same_servers_are_kube_
 
 def test_without_its_interface_nothing_is_known_to_be_kube_proxys() -> None:
     assert kube_proxys(parse_ip_vs(LISTED), frozenset()) == ()
-
-
-def test_servers_are_deleted_by_protocol_and_place() -> None:
-    servers = (
-        Server("TCP", "10.96.0.1", 443),
-        Server("UDP", "fd00:96::a", 53),
-        Server("SCTP", "10.96.0.1", 9),
-    )
-    assert ipvsadm_text(servers).splitlines() == [
-        "-D -t 10.96.0.1:443",
-        "-D -u [fd00:96::a]:53",
-        "-D --sctp-service 10.96.0.1:9",
-    ]

@@ -11,15 +11,19 @@ import pytest
 
 from netlink import netns
 from netlink.attributes import attribute, nested, text
+from netlink.delivery import Delivery
 from netlink.family import Family
+from netlink.ipvs import Command, Real, Request, Schedule, Virtual
+from netlink.ipvs import Ipvs as KernelIpvs
 from netlink.messages import NLM_F_ACK, NLM_F_CREATE
 from netlink.requests import address_add, bridge_add
 from netlink.rtnl import Rtnl
+from netlink.xtables import Variant
 from node import leftover_ipvs
 from node.leftover_chains import Chains
 from node.leftover_ipvs import INTERFACE, Ipvs, Server, Sets, ask_ipset
 from node.leftovers import Survey, remove, running, survey
-from node.xtables import Variant
+from proxy.ipvs.places import DEVICE, MARKED
 from tests.node.kube_proxy import (
     CHAINS,
     EVERYWHERE,
@@ -33,6 +37,7 @@ from tests.node.kube_proxy import (
     saved,
     saved_everywhere,
 )
+from tests.proxy.dataplanes import needs_ipvs
 
 OWN = "table inet podwire { chain forward { type filter hook forward priority 0; accept; }; };"
 OWN += "table ip podwire { map services { type ipv4_addr : verdict; }; };"
@@ -248,37 +253,54 @@ def test_virtual_servers_are_known_by_the_addresses_of_the_interface(namespace: 
     assert found.remarks == ("left alone, not known to be kube-proxy's: 1 virtual server of IPVS",)
 
 
-def test_without_ipvsadm_the_interface_stays_for_the_next_time(
-    namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_ipvs_the_interface_stays_for_the_next_time(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its addresses tell which virtual servers are kube-proxy's."""
     netns.run(namespace, interface)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("node.xtables.DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr("netlink.ipvs.Ipvs.NAME", "NO-IPVS")
     done = netns.run(namespace, remove, [Ipvs((Server("TCP", "10.96.0.1", 443),))])
     what = f"interface {INTERFACE} with 1 virtual server of IPVS"
-    assert done.failures == (f"{what}: the program ipvsadm is not installed",)
+    assert done.failures == (f"{what}: cannot use IPVS: the kernel has none (its module ip_vs)",)
     assert INTERFACE in netns.run(namespace, links)
 
 
-def test_virtual_servers_are_removed_by_ipvsadm_then_the_interface(
-    namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a stand-in that writes down what it is given."""
-    program = tmp_path / "ipvsadm"
-    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/given\ncat >> {tmp_path}/given\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    netns.run(namespace, interface)
-    servers = (
-        Server("TCP", "10.96.0.1", 443),
-        Server("UDP", "fd00:96::1", 53),
-        Server("SCTP", "10.96.0.1", 9),
-    )
-    assert not netns.run(namespace, remove, [Ipvs(servers)]).failures
-    given = "--restore\n-D -t 10.96.0.1:443\n-D -u [fd00:96::1]:53\n-D --sctp-service 10.96.0.1:9\n"
-    assert (tmp_path / "given").read_text() == given
+def test_kube_proxys_virtual_servers_go_and_those_of_others_and_our_own_stay(namespace: str) -> None:
+    needs_ipvs()
+    tcp, udp, sctp = 6, 17, 132
+    theirs = [
+        Virtual(Family.V4, tcp, "10.96.0.1", 443),
+        Virtual(Family.V6, udp, "fd00:96::1", 53),
+        Virtual(Family.V4, sctp, "10.96.0.1", 9),
+    ]
+    node_port = Virtual(Family.V4, tcp, "192.168.50.11", 30443)
+    others = [Virtual(Family.V4, tcp, "192.0.2.1", 80), Virtual(Family.V4, mark=7)]
+    ours = Virtual(Family.V4, tcp, "10.96.0.2", 80)
+
+    def make() -> None:
+        interface()
+        with Rtnl() as rtnl:
+            Delivery(rtnl, Family.V4, DEVICE, MARKED).add(["10.96.0.2"], [])
+            link = rtnl.link(INTERFACE)
+            assert link
+            rtnl.commit(address_add(link.index, "10.96.0.2/32"))  # kube-proxy served it before
+        with KernelIpvs() as kernel:
+            kernel.commit([Request(Command.NEW_SERVICE, v, Schedule("rr")) for v in servers])
+            real = Real("10.244.2.10", 6443)
+            kernel.commit([Request(Command.NEW_DEST, v, real=real) for v in (theirs[0], node_port)])
+
+    def there() -> set[Virtual]:
+        with KernelIpvs() as kernel:
+            return set(kernel.servers())
+
+    servers = [*theirs, node_port, *others, ours]
+    netns.run(namespace, make)
+    found = netns.run(namespace, survey)
+    assert found.remarks == ("left alone, not known to be kube-proxy's: 1 virtual server of IPVS",)
+    assert not netns.run(namespace, remove, found.leftovers).failures
+    assert netns.run(namespace, there) == {*others, ours}
     assert INTERFACE not in netns.run(namespace, links)
+    assert DEVICE in netns.run(namespace, links)
 
 
 def test_a_running_kube_proxy_is_seen_in_its_own_namespace_only(

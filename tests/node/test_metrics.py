@@ -25,6 +25,7 @@ from proxy.model import (
     TrafficPolicy,
 )
 from proxy.topology import Place
+from tests.node.fake_l7 import busy, stats
 
 OPERATIONS = Path(__file__).resolve().parents[2] / "docs/operations.md"
 NAME = ObjectName("shop", "web")
@@ -92,7 +93,7 @@ def test_changes_are_counted_and_wait_until_they_are_taken() -> None:
 def test_programming_latency_counts_from_when_the_endpoints_changed() -> None:
     metrics, now = Metrics(), time.time()
     metrics.synced(
-        Pending(EMPTY, frozenset(), False, time.monotonic(), (now - 3.5, now + 60)), 0.1, full=True
+        Pending(EMPTY, frozenset(), frozenset(), time.monotonic(), (now - 3.5, now + 60)), 0.1, full=True
     )
     found = figures(metrics)
     name = "kubeproxy_network_programming_duration_seconds"
@@ -164,6 +165,7 @@ def test_all_figures_are_described_as_they_are_exposed() -> None:
     metrics.services(Store(), (), 0)
     every = {"Node": Followed(1, 1, 1, 1.0, 1.0)}
     metrics.ask(Questions(lambda: every, lambda: 1.0, tuple, float))
+    metrics.proxy(stats(busy()))
     exposed: dict[str, tuple[str, frozenset[str], str]] = {}
     for family in text_string_to_metric_families(metrics.page().decode()):
         for sample in family.samples:

@@ -196,6 +196,8 @@ def test_a_node_with_external_addresses_only_is_reached_by_these() -> None:
 
 
 TUNNEL_ADDRESS, TUNNEL_MAC = "podwire.io/tunnel-address", "podwire.io/tunnel-mac"
+EGRESS_ADDRESS = "podwire.io/egress-address"
+FIELDS = {TUNNEL_ADDRESS: "tunnel_addresses", TUNNEL_MAC: "tunnel_mac", EGRESS_ADDRESS: "egress_addresses"}
 
 
 def test_a_node_says_where_its_tunnel_ends() -> None:
@@ -207,6 +209,13 @@ def test_a_node_says_where_its_tunnel_ends() -> None:
         tunnel_addresses=("192.168.50.11", "fd00:50::11"),
         tunnel_mac="02:ab:cd:00:00:01",
     )
+    assert not left_out
+
+
+def test_a_node_says_which_addresses_its_pods_get_towards_the_outside() -> None:
+    left_out: list[str] = []
+    found = parse(node(annotations={EGRESS_ADDRESS: " 203.0.113.7 , FD00:60::7"}), left_out)
+    assert found == Node("node1", egress_addresses=("203.0.113.7", "fd00:60::7"))
     assert not left_out
 
 
@@ -222,6 +231,14 @@ def test_a_node_says_where_its_tunnel_ends() -> None:
         (TUNNEL_ADDRESS, "127.0.0.1,fd00::1", ("fd00::1",),
          "'127.0.0.1' is no address that a tunnel can have: left out"),
         (TUNNEL_ADDRESS, "fe80::1%eth0", (), "'fe80::1%eth0' is not an IP address: left out"),
+        (EGRESS_ADDRESS, "", (), ""),
+        (EGRESS_ADDRESS, "auto", (), "'auto' is not an IP address: left out"),
+        (EGRESS_ADDRESS, "203.0.113.0/24,fd00::7", ("fd00::7",),
+         "'203.0.113.0/24' is not an IP address: left out"),
+        (EGRESS_ADDRESS, "203.0.113.7,203.0.113.8", ("203.0.113.7",),
+         "'203.0.113.8' is a second address beside '203.0.113.7': left out"),
+        (EGRESS_ADDRESS, "169.254.1.1", (),
+         "'169.254.1.1' is no address that pods on their way out can have: left out"),
         (TUNNEL_MAC, "", "", ""),
         (TUNNEL_MAC, "02:00:00:00:00", "", "'02:00:00:00:00' is not a unicast MAC address: left out"),
         (TUNNEL_MAC, "03:00:00:00:00:01", "", "'03:00:00:00:00:01' is not a unicast MAC address: left out"),
@@ -235,7 +252,7 @@ def test_a_wrong_annotation_of_a_node_is_left_out_with_a_sentence(
     left_out: list[str] = []
     found = parse(node({"podCIDR": "10.244.1.0/24"}, annotations={annotation: value}), left_out)
     assert isinstance(found, Node) and found.pod_cidrs
-    assert (found.tunnel_addresses if annotation == TUNNEL_ADDRESS else found.tunnel_mac) == kept
+    assert getattr(found, FIELDS[annotation]) == kept
     assert left_out == ([f"Node node1: metadata.annotations[{annotation}] {sentence}"] if sentence else [])
 
 
@@ -335,6 +352,7 @@ WORDS = sorted(
     {"clusterIP", "clusterIPs", "ports", "port", "protocol", "nodePort", "metadata", "name", "labels"}
     | {"endpoints", "addresses", "conditions", "ready", "podCIDR", "podCIDRs", "status", "taints", "key"}
     | {"annotations", "uid", "podwire.io/tunnel-mac", "podwire.io/tunnel-address"}
+    | {EGRESS_ADDRESS}
     | {"kubernetes.io/service-name", "spec", "type", "addressType", "address", "namespace"}
 )
 values = st.recursive(

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from netaddr import IPAddress, IPNetwork
 
+from node.backends.vxlan import tunnel_mac
 from node.kube.api import Api, ApiError, Credentials
-from node.kube.own_node import Patches, moved, settle, tunnel_mac, wanted
+from node.kube.own_node import Patches, moved, settle, wanted
 from node.sources.objects import ObjectError, parse
 from proxy.model import Node
 from tests.kubeapi import running
@@ -73,6 +74,16 @@ def test_only_the_annotation_that_differs_is_patched() -> None:
     said = document(OURS | {"podwire.io/tunnel-address": "10.0.0.1"}, [condition("False")])
     patch = {"podwire.io/tunnel-address": OURS["podwire.io/tunnel-address"]}
     assert wanted(said, True, NOW).node == {"metadata": {"uid": "u-1", "annotations": patch}}
+
+
+def test_other_annotations_are_set_and_taken_away_with_these() -> None:
+    more = {"podwire.io/wireguard-keys": "a,b", "podwire.io/wireguard-detour": None}
+    first = wanted(document(OURS), False, NOW, more).node
+    assert first == {"metadata": {"uid": "u-1", "annotations": {"podwire.io/wireguard-keys": "a,b"}}}
+    said = document({**OURS, "podwire.io/wireguard-keys": "a,b", "podwire.io/wireguard-detour": "true"})
+    then = wanted(said, False, NOW, more).node
+    assert then == {"metadata": {"uid": "u-1", "annotations": {"podwire.io/wireguard-detour": None}}}
+    assert wanted(document({**OURS, "podwire.io/wireguard-keys": "a,b"}), False, NOW, more) == Patches()
 
 
 def test_a_node_without_addresses_says_where_it_was() -> None:

@@ -20,6 +20,7 @@ from node.services import ServiceProxy
 from node.sources.objects import Object
 from node.store import Store
 from node.syncer import SUSPECT_SECONDS, SyncConfig, Syncer
+from proxy.dataplane import NodeRanges
 from proxy.model import (
     Endpoint,
     EndpointPort,
@@ -31,7 +32,6 @@ from proxy.model import (
     ServicePort,
     Snapshot,
 )
-from proxy.nftables.dataplane import NodeRanges
 from proxy.nftables.elements import key_bytes
 from proxy.nftables.ruleset import SERVICES, TABLE
 from proxy.topology import Place

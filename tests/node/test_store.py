@@ -45,7 +45,7 @@ def test_the_first_word_of_the_source_counts_even_when_it_is_empty() -> None:
     store = Store(clock=lambda: 7.0)
     store.replace({})
     assert store.oldest == 7.0
-    assert store.take(0) == Pending(Snapshot({}, {}, {}), frozenset(), False, 7.0)
+    assert store.take(0) == Pending(Snapshot({}, {}, {}), frozenset(), frozenset(), 7.0)
     assert store.take(0) is None
     assert store.oldest is None
 
@@ -78,7 +78,7 @@ def test_changes_that_were_not_taken_add_up_and_the_oldest_counts() -> None:
     store.replace(objects(service(B)))
     store.replace(objects(service(B), Node("n")))
     assert take(store) == Pending(
-        Snapshot({B: service(B)}, {}, {"n": Node("n")}), frozenset({A, B}), True, 1.0
+        Snapshot({B: service(B)}, {}, {"n": Node("n")}), frozenset({A, B}), frozenset({"n"}), 1.0
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import errno
 import json
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 
 from netlink import netns
+from proxy.l7.engine import Engine
+from proxy.l7.places import OWNER
+from proxy.l7.render import Settings
 from tests.cni.endurance import Site
 from tests.cni.world import CONFIG, request_env
 from tests.node import sandbox
@@ -26,7 +30,7 @@ HAS_SYSTEMD = shutil.which("systemd-analyze") is not None
 HAS_SECCOMP = ctypes.util.find_library("seccomp") is not None
 needs_systemd = pytest.mark.skipif(not HAS_SYSTEMD, reason="systemd-analyze is not installed")
 needs_both = pytest.mark.skipif(not (HAS_SYSTEMD and HAS_SECCOMP), reason="no systemd-analyze or libseccomp")
-MOST_EXPOSED = 3.5
+MOST_EXPOSED = 3.9
 """What `systemd-analyze security` may say at most; 10 is a service without any restriction."""
 HTTP = {"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]}}
 LIMITED = {
@@ -73,7 +77,8 @@ def test_a_reload_looks_for_mistakes_in_the_file_first() -> None:
 
 
 def test_the_units_places_are_the_daemons_defaults() -> None:
-    from node.config import DEFAULT_PATH, Configuration
+    from node.config import DEFAULT_PATH
+    from node.config_keys import Configuration
 
     found, paths = directives(UNIT), Configuration().paths
     assert f"/run/{found['RuntimeDirectory'][0]}" == str(Path(paths.socket).parent)
@@ -189,6 +194,51 @@ def test_under_the_units_restrictions_a_namespace_may_be_that_of_another_users_p
 
 
 @needs_both
+def test_under_the_units_restrictions_the_l7_proxy_runs_as_its_own_user_and_outlives_the_daemon(
+    world: Sandboxed, namespaces: Callable[[], str]
+) -> None:
+    asked = {"paths": [{"regex": "^/old/(.*)$", "rewrite": "/new/"}], "flags": {"access-log": True}}
+    annotation = json.dumps({"podwire.io/proxy": json.dumps(asked)})
+    text = service().replace("namespace: shop}", f"namespace: shop, annotations: {annotation}}}", 1)
+    world.write("web.yaml", text)
+    with ended_proxy(world):
+        start(world, namespaces, "--l7-access-log", str(world.root / "run/l7.log"))
+        with netns.run(world.peer, socket.create_server, ("", 8080)):
+            wait_until(lambda: proxies(world) == [0, OWNER], "HAProxy, its master and a worker")
+            wait_until(lambda: answers(world.pod, CLUSTER_IP, 80), "the pod reaches the service")
+            assert world.stop() == 0
+            assert answers(world.pod, CLUSTER_IP, 80)
+        assert proxies(world) == [0, OWNER]
+        assert not [line for line in world.log.splitlines() if " ERROR " in line or "permitted" in line]
+
+
+def proxies(world: Sandboxed) -> list[int]:
+    """The users of HAProxy's processes in the node."""
+    found = world.run("ip", "netns", "pids", world.node).split()
+    return sorted(Path(f"/proc/{pid}").stat().st_uid for pid in found if "haproxy" in name_of(pid))
+
+
+def name_of(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def ended_proxy(world: Sandboxed) -> Iterator[None]:
+    """End the HAProxy that is left."""
+    try:
+        yield
+    finally:
+        if world.daemon:
+            world.stop()
+        proxy = Engine(Settings(world.root / "run/l7"))
+        if proxy.adopt():
+            proxy.stop()
+
+
+@needs_both
 def test_the_sandbox_is_one(tmp_path: Path) -> None:
     """What the unit forbids is forbidden in the tests above, too."""
     tries = (
@@ -200,7 +250,7 @@ def test_the_sandbox_is_one(tmp_path: Path) -> None:
         f"refused(open, {str(tmp_path / 'file')!r}, 'w')\n"
         "refused(socket.socket, socket.AF_VSOCK, socket.SOCK_STREAM)\n"
         "refused(os.chown, '/proc/self', 0, 0)\n"
-        "refused(os.chroot, '/')\n"
+        "refused(os.nice, -5)\n"
         "refused(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)\n"
     )
     place = tmp_path / "writable"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import subprocess
 import sys
@@ -15,134 +14,42 @@ from typing import Any
 
 import pytest
 
-from cni import sysctls
 from cni.plugin import Plugin, ledger_of
-from cni.wiring import BRIDGE_FILTERS, HOST_PREFIX
+from cni.wiring import HOST_PREFIX
 from ipam.ledger import State
-from lab.probe import wait_status
 from netlink import netns
 from netlink.conntrack import IPS_DST_NAT, Conntrack, Flow, Tuple
 from netlink.family import Family
 from netlink.requests import Route, proxy_add, route_replace
 from netlink.rtnl import Rtnl
-from node import underlay
 from node.uninstall_flows import ours
 from tests.cni.world import request_env, stdin
+from tests.node.whole import FLAT, cleanup, differences, everything, launch, shell, untouched
 from tests.node.world import (
     CLUSTER_IP,
     NODE,
-    NODES,
     PEER,
     SERVERS,
     STATIC,
     World,
-    _configure_node,
-    _configure_peer,
-    ended,
-    podwire,
     service,
-    wait_until,
 )
 from tests.proxy.world import answering
 
-BOTH = NODES.replace("[10.244.1.0/24]", "[10.244.1.0/24, 'fd00:244:1::/64']")
-FLAT = ("--mode", "flat", "--flat-addresses", "192.168.50.100-192.168.50.110,fd00:50::100-fd00:50::110")
-MODES = {"routed": (), "bridge": ("--mode", "bridge"), "flat": FLAT}
-OTHERS = """
-nft add table inet podwire
-nft add table ip podwire_too
-nft add table ip6 someone
-nft 'add chain ip6 someone c { type nat hook prerouting priority -100 ; }'
-ip link add name pwother type veth peer name theirs1
-ip link add name podwire00 type veth peer name theirs2
-ip link set podwire00 up && ip link set theirs2 up
-ip address add 10.77.0.1/24 dev podwire00
-ip route add unreachable 10.244.9.0/24 metric 50 proto 200
-ip route add 10.88.0.0/16 dev podwire00 proto 200
-ip -6 route add unreachable fd00:9::/64 proto 200
-ip route add 10.89.0.0/16 dev podwire00 table 112
-ip rule add from 10.89.0.0/16 table 112
-ip neigh add proxy 192.168.50.200 dev eth0
-ip neigh add proxy 192.168.50.105 dev podwire00
-ip neigh add 10.77.0.9 lladdr 02:00:00:00:00:09 dev podwire00 nud permanent
-"""
-PASSING = "net.netfilter.nf_conntrack_count "
-"""What changes by itself."""
-
-
-def shell(world: World, script: str) -> None:
-    world.run("sh", "-ec", script)
-
-
-def everything(world: World) -> dict[str, Any]:
-    """Return all that can be told of a node's network, without what changes by itself."""
-    found: dict[str, Any] = {"nft": world.run("nft", "list", "ruleset").splitlines()}
-    for family in ("-4", "-6"):
-        for what in (
-            "address",
-            "rule",
-            "route show table all",
-            "neigh show nud permanent",
-            "neigh show proxy",
-        ):
-            words = what.split()
-            answer = json.loads(world.run("ip", family, "-j", *words) or "[]")
-            found[f"{family} {what}"] = sorted(json.dumps(entry, sort_keys=True) for entry in answer)
-    links = json.loads(world.run("ip", "-j", "link"))
-    found["link"] = sorted(json.dumps(entry, sort_keys=True) for entry in links)
-    lines = world.run("sh", "-c", "sysctl -a -r '^net' 2>/dev/null").splitlines()
-    found["sysctl"] = sorted(line for line in lines if not line.startswith(PASSING))
-    return found
-
-
-def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Return what is gone and what is new, by kind."""
-    return {
-        kind: (sorted({*before[kind]} - {*after[kind]}), sorted({*after[kind]} - {*before[kind]}))
-        for kind in before
-        if before[kind] != after[kind]
-    }
+VXLAN = ("--backend", "vxlan")
+MODES = {
+    "routed": (),
+    "bridge": ("--mode", "bridge"),
+    "flat": FLAT,
+    "tunnelled": VXLAN,
+    "tunnelled-bridge": ("--mode", "bridge", *VXLAN),
+}
 
 
 @pytest.fixture
 def world(namespaces: Callable[[], str], tmp_path: Path) -> Iterator[World]:
-    """A node that has never seen podwire, things of others on it, and a peer with the servers."""
-    made = World(namespaces(), namespaces(), namespaces(), tmp_path)
-    made.manifests.mkdir()
-    for name in (made.node, made.peer):
-        netns.run(name, Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text, "0")
-    with netns.opened(made.peer) as peer:
-        netns.run(made.node, _configure_node, peer)
-    netns.run(made.peer, _configure_peer)
-    for filter_ in BRIDGE_FILTERS:
-        netns.run(made.node, filter_.write_text, "0")
-    shell(made, f"ip address add fd00:50::11/64 dev eth0 nodad; {OTHERS}")
-    wait_until(
-        lambda: made.run("ip", "-6", "route", "show", "table", "local").count("local fe80:") == 3, "DAD"
-    )
-    made.write("nodes.yaml", BOTH)
-    made.write("web.yaml", service())
-    with ended(made):
+    with untouched(namespaces, tmp_path) as made:
         yield made
-
-
-def launch(world: World, *options: str) -> None:
-    """Start the daemon, noting sysctls."""
-    world.options = ("--conntrack-tcp-be-liberal", *options)
-    command = world.command()
-    world.starts += 1
-    with (world.root / f"log{world.starts}").open("wb") as log:
-        world.daemon = netns.run(world.node, lambda: subprocess.Popen(command, stdout=log, stderr=log))
-    assert wait_status(world.node, 10256, "/healthz", time.monotonic() + 10), world.log
-
-
-def noting(directory: Path, path: Path, value: str) -> None:
-    """Set a sysctl as the daemon does."""
-    sysctls.keep_in(directory)
-    try:
-        sysctls.put(path, value)
-    finally:
-        sysctls.keep_in(None)
 
 
 def cni(world: World, command: str, container: str, namespace: str, **config: Any) -> None:
@@ -152,12 +59,6 @@ def cni(world: World, command: str, container: str, namespace: str, **config: An
     with ledger_of(state) as ledger:
         code, out = netns.run(world.node, Plugin(ledger, state).handle, env, stdin(**config))
     assert code == 0, out
-
-
-def cleanup(world: World, *words: str) -> tuple[int, str, str]:
-    places = ["--state-dir", str(world.root / "state"), "--socket", str(world.socket)]
-    places += ["--bin-dir", str(world.root / "bin"), "--conf-dir", str(world.root / "conf")]
-    return netns.run(world.node, podwire, "cleanup", "--podwire", *places, *words)
 
 
 def host_port(port: int) -> dict[str, Any]:
@@ -176,6 +77,7 @@ def test_the_node_is_as_it_was(world: World, namespaces: Callable[[], str], mode
     assert world.stop() == 0
     cni(world, "ADD", "c2", pods[2], **host_port(8002))
     assert len(differences(before, everything(world))) > 5, "there is something to be compared"
+    assert ("dev pwvxlan4" in world.run("ip", "route")) == mode.startswith("tunnelled")
 
     status, out, err = cleanup(world, "--state", "--with-pods", "--stop-forwarding", "--yes")
     assert (status, err) == (0, "")
@@ -250,103 +152,6 @@ def test_a_ledger_that_cannot_be_read_keeps_nothing_from_going(
     assert "note: which pods there are is told by interfaces only: ledger " in out
     assert not (world.root / "state").exists()
     assert HOST_PREFIX not in world.run("ip", "link")
-
-
-def test_forwarding_stays_on_and_what_depends_on_it_unless_asked_for(world: World) -> None:
-    launch(world)
-    world.stop()
-    out = cleanup(world, "--yes")[1]
-    kept = "stays 1, it was 0: other networks may need that by now; --stop-forwarding sets it back"
-    for name in ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"):
-        assert f"note: {name} {kept}\n" in out
-        assert world.run("sysctl", "-n", name) == "1\n"
-    assert "removed net.netfilter.nf_conntrack_tcp_be_liberal = 1: 0 as before\n" in out
-    assert "removed net.ipv4.ip_forward = 1: 0 as before\n" in cleanup(world, "--yes", "--stop-forwarding")[1]
-    assert world.run("sysctl", "-n", "net.ipv4.ip_forward") == "0\n"
-
-
-def test_what_somebody_else_set_meanwhile_stays(world: World) -> None:
-    liberal, accept_ra = "net.netfilter.nf_conntrack_tcp_be_liberal", "net.ipv6.conf.eth0.accept_ra"
-    redirects = "net.ipv4.conf.all.accept_redirects"
-    shell(world, f"sysctl -qw {redirects}=0")
-    netns.run(world.node, noting, world.root / "state", Path("/proc/sys/net/ipv6/conf/eth0/accept_ra"), "2")
-    launch(world)
-    world.stop()
-    shell(world, f"sysctl -qw {liberal}=0 {redirects}=1 {accept_ra}=0")
-    out = cleanup(world, "--yes", "--stop-forwarding")[1]
-    assert liberal not in out, "it is as before anyway"
-    assert f"note: {accept_ra} stays 0, it was 1: somebody else set it, podwire had set 2\n" in out
-    assert world.run("sysctl", "-n", redirects, accept_ra) == "1\n0\n"
-
-
-def test_what_the_kernel_sets_along_with_forwarding_is_as_before(world: World) -> None:
-    """A hardened node accepts no redirects; the kernel turns them on whenever forwarding goes off."""
-    shell(world, "sysctl -qw net.ipv4.conf.all.accept_redirects=0 net.ipv6.conf.pwother.forwarding=1")
-    before = everything(world)
-    launch(world)
-    world.stop()
-    assert cleanup(world, "--yes", "--stop-forwarding", "--state")[0] == 0
-    assert differences(before, everything(world)) == {}
-
-
-def test_a_bridge_of_others_keeps_br_netfilter(world: World) -> None:
-    shell(world, "ip link add name cni0 type bridge")
-    launch(world, "--mode", "bridge")
-    world.stop()
-    out = cleanup(world, "--yes")[1]
-    name = "net.bridge.bridge-nf-call-iptables"
-    assert f"note: {name} stays 1, it was 0: the bridge cni0 may need that\n" in out
-    assert "removed interface podwire0\n" in out
-
-
-def test_router_advertisements_count_as_before_when_forwarding_does(world: World) -> None:
-    """While the node forwards, the default route that it was advertised needs accept_ra = 2."""
-    state = world.root / "state"
-    accept_ra = Path("/proc/sys/net/ipv6/conf/eth0/accept_ra")
-
-    def set_both() -> None:
-        sysctls.keep_in(state)
-        try:
-            sysctls.put(accept_ra, "2")
-            assert underlay.forward_packets() == []
-        finally:
-            sysctls.keep_in(None)
-
-    before = everything(world)
-    netns.run(world.node, set_both)
-    assert "note: net.ipv6.conf.eth0.accept_ra stays 2, it was 1: " in cleanup(world, "--yes")[1]
-    told = cleanup(world, "--yes", "--stop-forwarding")[1].splitlines()
-    assert told[-1] == "removed net.ipv6.conf.eth0.accept_ra = 2: 1 as before"
-    assert "removed net.ipv6.conf.all.forwarding = 1: 0 as before" in told
-    assert differences(before, everything(world)) == {}
-
-
-def test_an_interface_that_is_gone_is_nothing_to_set_back(world: World) -> None:
-    path = Path("/proc/sys/net/ipv6/conf/pwother/proxy_ndp")
-    netns.run(world.node, noting, world.root / "state", path, "1")
-    shell(world, "ip link delete pwother")
-    assert cleanup(world, "--yes") == (0, "nothing of podwire's was found\n", "")
-
-
-def test_notes_of_another_namespace_or_boot_do_not_count(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def note() -> None:
-        sysctls.keep_in(tmp_path / "notes")
-        try:
-            assert underlay.be_liberal() == []
-        finally:
-            sysctls.keep_in(None)
-
-    netns.run(world.node, note)
-    assert [*netns.run(world.node, sysctls.noted, tmp_path / "notes")] == [underlay.TCP_BE_LIBERAL]
-    assert netns.run(world.peer, sysctls.noted, tmp_path / "notes") == {}
-    file = tmp_path / "notes" / sysctls.FILE
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"boot": "another"}))
-    assert netns.run(world.node, sysctls.noted, tmp_path / "notes") == {}
-    file.write_text("{")
-    assert netns.run(world.node, sysctls.noted, tmp_path / "notes") == {}
 
 
 def test_what_flat_mode_answers_for_without_a_pod_goes_too(world: World) -> None:
@@ -458,14 +263,51 @@ def test_nobody_to_ask_is_a_sentence_and_the_answer_counts(
         assert ("table ip podwire\n" in world.run("nft", "list", "tables")) == bool(expected)
 
 
-def test_a_second_cleanup_does_not_undo_what_others_set_after_the_first(world: World) -> None:
-    name = "net.netfilter.nf_conntrack_tcp_be_liberal"
-    launch(world)
-    world.stop()
-    cleanup(world, "--yes")
-    shell(world, f"sysctl -qw {name}=1")
-    cleanup(world, "--yes", "--stop-forwarding")
-    assert world.run("sysctl", "-n", name) == "1\n"
+TUNNELLED = """
+ip link add name pwvxlan4 address 02:00:00:00:0a:01 type vxlan id 112 dstport 8472 local 192.168.50.11
+ip link set pwvxlan4 up
+ip address add 10.244.1.0/32 dev pwvxlan4
+bridge fdb append 02:00:00:00:0a:02 dev pwvxlan4 dst 192.168.50.12
+ip neigh add 10.244.2.0 lladdr 02:00:00:00:0a:02 dev pwvxlan4 nud permanent
+ip route add 10.244.2.0/24 via 10.244.2.0 dev pwvxlan4 onlink src 10.244.1.0 proto 112
+ip route add 192.168.50.12 via 10.244.2.0 dev pwvxlan4 onlink table 112 proto 112
+ip rule add from 10.244.1.0/24 lookup 112 pref 112 protocol 112
+ip -6 rule add from fd00:244:1::/64 lookup 112 pref 112 protocol 112
+ip route add 192.168.60.0/24 via 192.168.50.12 table 112 proto 112
+ip route add unreachable 10.244.1.0/24 metric 4278198272 proto 112
+ip -6 route add unreachable fd00:244:1::/64 metric 4278198272 proto 112
+ip address add 10.244.1.0/32 dev lo scope host
+ip address add fd00:244:1::/128 dev lo preferred_lft 0 nodad
+nft add table ip podwire_tunnels
+nft add table ip6 podwire_tunnels
+"""
+"""What a daemon leaves behind, by hand: whichever version made it, and whatever became of its ledger."""
+
+
+def test_what_is_left_of_tunnels_goes_without_a_ledger_and_what_looks_alike_stays(world: World) -> None:
+    alike = """
+        ip address add 10.244.1.1/32 dev lo; ip address add 10.244.9.0/32 dev lo
+        ip link add name pwvxlan41 type veth peer name theirs3; nft add table inet podwire_tunnels
+        ip rule add from 10.244.1.0/24 lookup 112 pref 113
+    """
+    shell(world, alike)
+    before = everything(world)
+    shell(world, TUNNELLED)
+    status, out, err = cleanup(world, "--yes")
+    assert (status, err) == (0, "")
+    assert differences(before, everything(world)) == {}
+    assert out.splitlines() == [
+        "removed table ip podwire_tunnels of nftables with 0 chains",
+        "removed table ip6 podwire_tunnels of nftables with 0 chains",
+        "removed policy rule from 10.244.1.0/24 to table 112",
+        "removed policy rule from fd00:244:1::/64 to table 112",
+        "removed route to 10.244.1.0/24",
+        "removed route to fd00:244:1::/64",
+        "removed route to 192.168.60.0/24 via 192.168.50.12 in table 112",
+        "removed address 10.244.1.0/32 of lo",
+        "removed address fd00:244:1::/128 of lo",
+        "removed interface pwvxlan4",
+    ]
 
 
 def test_it_is_quick_with_many_pods_worth_of_routes(world: World) -> None:

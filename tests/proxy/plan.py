@@ -9,6 +9,8 @@
                                 node port 30000 + N
 
 Addresses are written in IPv4. IPv6 has the same numbers: 10.244.1.10 is fd00:10:244:1::10.
+The node's L7 proxy listens on addresses that no numbers stand for: l7-http and l7-tcp (proxy.l7.places).
+
 This node is in zone a. Its node ports are on its InternalIP and on 192.168.60.0/24, not on alias1.
 """
 
@@ -21,7 +23,12 @@ from msgspec.structs import replace
 
 from netlink.family import Family
 from node import masquerade
-from proxy.frontends import Frontend, frontends
+from proxy.dataplane import NodeRanges
+from proxy.frontends import Action, Frontend, frontends, title_of
+from proxy.l7 import places
+from proxy.l7.backends import with_proxied
+from proxy.l7.policy import Policy
+from proxy.l7.policy import Protocol as L7Protocol
 from proxy.model import (
     Endpoint,
     EndpointPort,
@@ -33,7 +40,6 @@ from proxy.model import (
     ServicePort,
     TrafficPolicy,
 )
-from proxy.nftables.dataplane import NodeRanges
 from proxy.table import FrontendTable
 from proxy.topology import Place
 
@@ -61,6 +67,9 @@ PLACES = {
 upstream."""
 OWN = ("node1", "second1", "alias1", "loopback")
 """What this node itself has."""
+PROXIES = {f"l7-{protocol.value}": protocol for protocol in L7Protocol}
+"""Where the node's L7 proxy listens for what a case is addressed to; something that answers stands for it."""
+PROXIED_PORT = 10000
 HOME = dict.fromkeys(("pod1", "pod1b", "node1"), "node1") | dict.fromkeys(("pod2", "pod2b", "node2"), "node2")
 
 
@@ -147,6 +156,8 @@ def place(name: str, family: Family) -> str:
     return PLACES[name] if family is Family.V4 else twin(PLACES[name])
 
 
+PLAIN_OUTSIDE = Policy()
+EVERYWHERE = Policy(protocol=L7Protocol.TCP, external=True)
 WEB = EndpointPort("", TCP, 8080)
 DNS = EndpointPort("", UDP, 5353)
 PORTS = (
@@ -213,6 +224,20 @@ SERVICES = (
     service("zone-draining", 50, port()),
     service("sticky-inside", 51, port(), affinity_seconds=DAY, internal_policy=LOCAL),
     service("ranged-everyone", 52, port(), source_ranges=both("0.0.0.0/0"), **external(52)),
+    service(
+        "l7", 60, port(30060, name="web"), port(30160, 53, UDP, "dns"), policy=PLAIN_OUTSIDE, **external(60)
+    ),
+    service(
+        "l7-outside", 61, port(30061), policy=EVERYWHERE, source_ranges=both("198.51.100.0/24"),
+        **external(61),
+    ),
+    service("l7-local", 62, port(30062), external_policy=LOCAL, policy=EVERYWHERE, **external(62)),
+    service("l7-away", 63, port(30063), external_policy=LOCAL, policy=EVERYWHERE, **external(63)),
+    service("l7-sticky", 64, port(30064), affinity_seconds=DAY, policy=PLAIN_OUTSIDE),
+    service("l7-none", 65, port(30065), policy=EVERYWHERE),
+    service("l7-local-plain", 66, port(30066), external_policy=LOCAL, policy=PLAIN_OUTSIDE),
+    service("l7-inside", 67, port(), internal_policy=LOCAL, policy=PLAIN_OUTSIDE),
+    service("l7-inside-away", 68, port(), internal_policy=LOCAL, policy=PLAIN_OUTSIDE),
 )  # fmt: skip
 
 SLICES = (
@@ -272,6 +297,15 @@ SLICES = (
     *slices("zone-draining", (draining("pod1"), ready("pod2", "a")), WEB),
     *slices("sticky-inside", "pod1 pod1b pod2", WEB),
     *slices("ranged-everyone", "pod2", WEB),
+    *slices("l7", "pod1 pod2", EndpointPort("web", TCP, 8080)),
+    *slices("l7", "pod1 pod2", EndpointPort("dns", UDP, 5353)),
+    *slices("l7-outside", "pod1 pod2", WEB),
+    *slices("l7-local", "pod1 pod2", WEB),
+    *slices("l7-away", "pod2", WEB),
+    *slices("l7-sticky", "pod1 pod1b pod2", WEB),
+    *slices("l7-local-plain", "pod1 pod2", WEB),
+    *slices("l7-inside", "pod1 pod2", WEB),
+    *slices("l7-inside-away", "pod2", WEB),
 )  # fmt: skip
 
 NODES = {
@@ -284,11 +318,31 @@ def programmed(family: Family) -> tuple[Frontend, ...]:
     """Return the frontends of the plan on this node, in a family."""
     table = FrontendTable()
     for one in SERVICES:
-        table.replace(one.name, frontends(one, [s for s in SLICES if s.service == one.name], HERE))
+        found = frontends(one, [s for s in SLICES if s.service == one.name], HERE)
+        table.replace(one.name, with_proxied(one, found, lambda backend, route: True)[0])
     return tuple(f for f in table if f.key.family is family)
+
+
+def proxied(service: Service, frontend: Frontend) -> Frontend:
+    """Return a frontend as if the L7 proxy served all that is asked of it, whoever the clients are."""
+    policy = service.policy
+    asked = policy is not None and (frontend.exclusive or policy.external)
+    if not policy or not asked or frontend.action is not Action.BALANCE or frontend.key.protocol is not TCP:
+        return frontend
+    return replace(frontend, proxied=policy.protocol)
 
 
 def node_ranges() -> NodeRanges:
     """Return the node's ranges. They select loopback for node ports too: the rules know better."""
     selected = both(f"{PLACES['node1']}/32", "192.168.60.0/24", "127.0.0.0/8")
     return masquerade.ranges(NODES, HERE.node, both("203.0.113.0/24"), node_ports=selected)
+
+
+PROXY_ADDRESSES = frozenset(
+    places.address(s.policy.protocol, family, title_of(s, port))
+    for s in SERVICES
+    if s.policy
+    for port in s.ports
+    for family in Family
+)
+"""Where the node's L7 proxy listens for these services."""

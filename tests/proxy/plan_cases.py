@@ -7,7 +7,7 @@ kubernetes/enhancements.
 from __future__ import annotations
 
 from tests.proxy.plan import ONLY_V4, ONLY_V6
-from tests.proxy.plan_lines import group, sctp, sticky, tcp, udp
+from tests.proxy.plan_lines import group, proxys_own, sctp, sticky, tcp, udp
 
 CLUSTER_IPS = group(
     "Cluster addresses",
@@ -305,12 +305,81 @@ MASQUERADE = group(
     tcp("somebody else's traffic through the node", "client > node2:80", "node2:80"),
 )
 
+TO_HTTP, TO_TCP = "l7-http:10000", "l7-tcp:10000"
+
+L7 = group(
+    "The node's L7 proxy",
+    "docs/l7.md (what goes by the proxy, and what does not)",
+    tcp("a pod", "pod1b > l7:80", TO_HTTP),
+    tcp("a pod that is an endpoint", "pod1 > l7:80", TO_HTTP),
+    tcp("a pod of another node by this one", "pod2b > l7:80", TO_HTTP),
+    tcp("the node itself", "node1 > l7:80", TO_HTTP),
+    tcp("the node's second address", "second1 > l7:80", TO_HTTP),
+    tcp("another node", "node2 > l7:80", TO_HTTP),
+    tcp("an outside client", "client > l7:80", TO_HTTP),
+    udp("its UDP port is balanced as ever", "pod1b > l7:53", "pod1:5353 pod2:5353"),
+    tcp("its other ports are refused", "pod1b > l7:81", "reject"),
+    tcp("the proxy's number at its cluster address", "pod1b > l7:10000", "reject"),
+    tcp("its external address is balanced as ever", "client > l7/external:80", "pod1 pod2", "masq"),
+    tcp("its external address, from a pod", "pod1b > l7/external:80", "pod1 pod2", "masq"),
+    tcp("its balancer's address", "client > l7/balancer:80", "pod1 pod2", "masq"),
+    tcp("its node port", "client > node1:30060", "pod1 pod2", "masq"),
+    udp("its UDP node port", "client > node1:30160", "pod1:5353 pod2:5353", "masq"),
+    tcp("by choice its external address", "client > l7-outside/external:80", TO_TCP),
+    tcp("by choice its external address, from a pod", "pod1b > l7-outside/external:80", TO_TCP),
+    tcp("by choice its external address, from the node", "node1 > l7-outside/external:80", TO_TCP),
+    tcp("by choice its balancer's, in a source range", "client > l7-outside/balancer:80", TO_TCP),
+    tcp("its balancer's, in no source range", "stranger > l7-outside/balancer:80", "drop"),
+    tcp("its balancer's, a pod in no source range", "pod1b > l7-outside/balancer:80", "drop"),
+    tcp("its cluster address, in no source range", "stranger > l7-outside:80", TO_TCP),
+    tcp("by choice its node port", "client > node1:30061", TO_TCP),
+    tcp("by choice its node port, from a pod", "pod1b > node1:30061", TO_TCP),
+    tcp("by choice its node port, from a pod of another node", "pod2b > node1:30061", TO_TCP),
+    tcp("by choice its node port, from the node", "node1 > node1:30061", TO_TCP),
+    tcp("not on an address without node ports", "client > alias1:30061", "alias1:30061"),
+    tcp("not on loopback", "loopback > loopback:30061", "loopback:30061"),
+    tcp("external Local: as ever", "client > node1:30062", "pod1"),
+    tcp("external Local, a pod: balanced as ever", "pod1b > node1:30062", "pod1 pod2"),
+    tcp("external Local, a pod of another node", "pod2b > node1:30062", "pod1 pod2", "masq"),
+    tcp("external Local, the node", "node1 > node1:30062", "pod1 pod2", "masq"),
+    tcp("external Local, at the balancer's: as ever", "client > l7-local/balancer:80", "pod1"),
+    tcp("external Local, its cluster address", "pod1b > l7-local:80", TO_TCP),
+    tcp("external Local, none here: dropped", "client > node1:30063", "drop"),
+    tcp("external Local, none here: for another node too", "node2 > node1:30063", "drop"),
+    tcp("external Local, none here: a pod", "pod1b > node1:30063", "pod2"),
+    tcp("external Local, none here: a pod of another node", "pod2b > node1:30063", "pod2", "masq"),
+    tcp("external Local, none here: the node", "node1 > l7-away/external:80", "pod2", "masq"),
+    tcp("external Local, as ever: local", "client > node1:30066", "pod1"),
+    tcp("external Local, as ever: a pod", "pod1b > node1:30066", "pod1 pod2"),
+    tcp("external Local, as ever: a pod of another node", "pod2b > node1:30066", "pod1 pod2", "masq"),
+    tcp("external Local, as ever: the node", "node1 > node1:30066", "pod1 pod2", "masq"),
+    tcp("its cluster address", "pod1b > l7-local-plain:80", TO_HTTP),
+    tcp("session affinity is the proxy's to decide", "pod1c > l7-sticky:80", TO_HTTP),
+    sticky(tcp("and the kernel's at the node port", "client > node1:30064", "pod1 pod1b pod2", "masq")),
+    tcp("no endpoints: refused", "pod1b > l7-none:80", "reject"),
+    tcp("no endpoints: refused at the node port", "client > node1:30065", "reject"),
+    tcp("internal Local", "pod1b > l7-inside:80", TO_HTTP),
+    tcp("internal Local, none here: dropped", "pod1b > l7-inside-away:80", "drop"),
+)
+
 GROUPS = (
     CLUSTER_IPS, PORTS, FAMILIES, OTHER_PORTS, NO_ENDPOINTS, READINESS, INTERNAL_POLICY, NODE_PORTS,
-    EXTERNAL, SOURCE_RANGES, EXTERNAL_POLICY, HINTS, AFFINITY, MASQUERADE,
+    EXTERNAL, SOURCE_RANGES, EXTERNAL_POLICY, HINTS, AFFINITY, MASQUERADE, L7,
 )  # fmt: skip
 CASES = tuple(one for found in GROUPS for one in found.cases)
 """Run against the model and on the kernel."""
+
+PROXYS_OWN = group(
+    "What the L7 proxy sends",
+    "docs/l7.md (no connection comes back to the proxy)",
+    proxys_own(tcp("to a service that it serves", "node1 > l7:80", "l7:80 reject")),
+    proxys_own(tcp("to one that it does not serve", "node1 > two:80", "two:80 reject")),
+    proxys_own(tcp("to a node port", "node1 > node1:30061", "node1:30061")),
+    proxys_own(tcp("to an external address", "node1 > l7-outside/external:80", "l7-outside/external:80")),
+    proxys_own(tcp("to an endpoint", "node1 > pod2:8080", "pod2")),
+).cases
+"""Each may end at one of these ends: tables of nftables let go what they do not translate, those of iptables
+refuse what is for a cluster address."""
 
 MODEL_ONLY = group(
     "SCTP, for the model only: few kernels have its sockets",

@@ -12,8 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from netlink.family import Family
+from proxy.frontends import title_of
+from proxy.l7 import places
+from proxy.l7.places import OWNER
 from proxy.model import Protocol
-from tests.proxy.plan import PLACES, SCTP, SERVICES, TCP, UDP, place
+from tests.proxy.plan import PLACES, PROXIES, SCTP, SERVICES, TCP, UDP, place
 
 ENDPOINT_PORT = 8080
 FAMILIES = tuple(Family)
@@ -23,7 +26,8 @@ FAMILIES = tuple(Family)
 class Case:
     """One packet of a family, what it may end at, and at which of these ends the client is masqueraded.
 
-    `sticky`: after the first connection all others of this client end where it did.
+    `sticky`: after the first connection all others of this client end where it did. `group`: that of the
+    program which sends it.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Case:
     expected: frozenset[str]
     masqueraded: frozenset[str]
     sticky: bool = False
+    group: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.family.name})"
@@ -79,21 +84,40 @@ def sticky(twins: Twins) -> Twins:
     return tuple(replace(one, sticky=True) for one in twins)
 
 
+def proxys_own(twins: Twins) -> Twins:
+    """Return cases whose packets the L7 proxy itself sends."""
+    return tuple(replace(one, group=OWNER) for one in twins)
+
+
 def _case(name: str, way: str, ends: str, masq: str, protocol: Protocol, family: Family) -> Case:
     source, target = way.split(" > ")
     destination, port = target.split(":")
-    expected = frozenset(_end(e, family) for e in ends.split())
-    masqueraded = expected if masq == "masq" else frozenset(_end(e, family) for e in masq.split())
+    title = _title(destination, int(port))
+    expected = frozenset(_end(e, family, title) for e in ends.split())
+    masqueraded = expected if masq == "masq" else frozenset(_end(e, family, title) for e in masq.split())
     assert masqueraded <= expected, name
     ends_at = place(source, family), address(destination, family), int(port)
     return Case(name, family, *ends_at, protocol, expected, masqueraded)
 
 
-def _end(text: str, family: Family) -> str:
+def _end(text: str, family: Family, title: str) -> str:
+    """Write where a packet ends; `title` is the service port's that it is addressed to."""
     if text in ("drop", "reject"):
         return text
     name, _, port = text.partition(":")
-    return where(address(name, family), int(port or ENDPOINT_PORT))
+    there = places.address(PROXIES[name], family, title) if name in PROXIES else address(name, family)
+    return where(there, int(port or ENDPOINT_PORT))
+
+
+def _title(destination: str, number: int) -> str:
+    """Return the TCP port of a service that is addressed, by one of its addresses or as a node port."""
+    name = destination.partition("/")[0]
+    for service in SERVICES:
+        for port in service.ports:
+            named = service.name.name == name and port.port == number
+            if port.protocol is TCP and (named or port.node_port == number):
+                return title_of(service, port)
+    return ""
 
 
 def where(host: str, port: int) -> str:

@@ -14,7 +14,10 @@ from netlink.nftables.batch import Nft, Nftables
 from netlink.nftables.fake import FakeNft
 from netlink.nftables.operations import DeleteTable
 from node.store import Store
-from proxy.frontends import frontends
+from proxy.dataplane import NodeRanges
+from proxy.frontends import Frontend, frontends
+from proxy.l7.policy import Policy
+from proxy.l7.policy import Protocol as L7Protocol
 from proxy.model import (
     Endpoint,
     EndpointPort,
@@ -25,10 +28,12 @@ from proxy.model import (
     ServicePort,
     TrafficPolicy,
 )
-from proxy.nftables.dataplane import Dataplane, NodeRanges
+from proxy.nftables.dataplane import Dataplane
 from proxy.nftables.ruleset import MAPS, TABLE
+from proxy.nftables.spans import Members
 from proxy.table import Change, FrontendTable
 from proxy.topology import Place
+from tests.proxy.plan import proxied
 
 HERE = Place("me", "zone")
 NAMES = [ObjectName("ns", n) for n in ("a", "b", "c")]
@@ -44,6 +49,8 @@ ports = st.builds(
     node_port=st.sampled_from([0, 30000, 30001]),
 )
 OUTSIDE = st.lists(st.sampled_from(["198.51.100.1", "198.51.100.2"]), max_size=2, unique=True).map(tuple)
+POLICIES_OF_L7 = st.sampled_from([None, Policy(), Policy(external=True), Policy(protocol=L7Protocol.TCP)])
+"""What a service asks of the L7 proxy, which serves all that is asked of it."""
 services = st.fixed_dictionaries(
     {
         "cluster_ips": st.sampled_from(["10.96.0.1", "10.96.0.2", "10.96.0.3"]).map(lambda a: (a,)),
@@ -56,6 +63,7 @@ services = st.fixed_dictionaries(
         "balancer_ips": OUTSIDE,
         "source_ranges": st.lists(st.sampled_from((*CIDRS, "fd00::/8")), max_size=3).map(tuple),
         "affinity_seconds": st.sampled_from([0, 60, 10800]),
+        "policy": POLICIES_OF_L7,
     },
 )
 endpoint = st.builds(
@@ -68,8 +76,14 @@ endpoint = st.builds(
     zone_hints=st.sampled_from([(), ("zone",), ("elsewhere",)]),
 )
 slices = st.lists(endpoint, max_size=6)
+cidrs = st.lists(st.sampled_from(CIDRS), max_size=4)
+addresses = st.lists(st.sampled_from(["192.0.2.1", "192.0.2.2", "fd00::1"]), max_size=3)
 node_ranges = st.builds(
-    NodeRanges, *(st.lists(st.sampled_from(CIDRS), max_size=4).map(tuple) for _ in range(4))
+    NodeRanges,
+    cidrs.map(Members),
+    *(cidrs.map(tuple) for _ in range(4)),
+    node_addresses=addresses.map(Members),
+    egress=st.sampled_from([(), ("192.0.2.1",), ("192.0.2.2", "fd00::1"), ("fd00::1",)]),
 )
 change = st.one_of(
     st.tuples(st.just("service"), st.sampled_from(NAMES), st.none() | services),
@@ -107,7 +121,7 @@ CLAIM = {"cluster_ips": ("10.96.0.1",), "ports": (ServicePort("x", Protocol.TCP,
 
 
 @example([[("service", A, CLAIM), ("service", C, CLAIM)], [("service", A, None), ("service", C, None)]], 8, 0)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(batches_of_changes, st.integers(0, 8), st.integers(0, 4))
 def test_in_memory(batches: Batches, restart: int, most_listed: int) -> None:
     steps_and_fresh_load_agree(FakeNft(Family.V4), batches, restart, most_listed)
@@ -172,8 +186,9 @@ def deliver(store: Store, table: FrontendTable, objects: dict[tuple[str, str], o
     changes: list[Change] = []
     for name in pending.services if pending else ():
         service = pending.snapshot.services.get(name)
-        found = (
-            frontends(service, pending.snapshot.slices.get(name, ()), Place("me", "zone")) if service else ()
-        )
+        found: list[Frontend] = []
+        if service:
+            pieces = pending.snapshot.slices.get(name, ())
+            found = [proxied(service, f) for f in frontends(service, pieces, Place("me", "zone"))]
         changes += table.replace(name, found)
     return changes

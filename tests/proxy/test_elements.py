@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable
-from ipaddress import ip_address, ip_network
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +10,7 @@ from netlink.family import Family
 from netlink.nftables.objects import Elements, Goto
 from proxy.frontends import Action, Backend, Frontend, FrontendKey, Masquerade, Origin
 from proxy.model import Protocol
-from proxy.nftables.elements import Delta, Pairs, delta, hairpin, intervals, key_bytes, key_of, kind_of, shape
+from proxy.nftables.elements import Delta, Pairs, delta, hairpin, key_bytes, key_of, kind_of, shape
 from proxy.nftables.ruleset import KINDS, constant_shapes, shape_id
 
 V4, V6 = Family.V4, Family.V6
@@ -139,67 +135,3 @@ def test_a_delta_leads_from_one_version_to_the_other(pair: tuple[Frontend | None
 def test_an_unchanged_frontend_has_an_empty_delta(frontend: Frontend | None) -> None:
     if frontend:
         assert delta(frontend, frontend) == Delta([], [], [], [], [], [])
-
-
-def holds(found: Elements, address: int, family: Family) -> bool:
-    """Whether an interval set holds an address, as the kernel reads it: the nearest element below decides."""
-    marks = sorted((int.from_bytes(k[:-1], "big"), k[-1]) for k in found)
-    assert all(len(k) == family.size + 1 for k in found)
-    place = bisect_right([m for m, _ in marks], address)
-    return place > 0 and marks[place - 1][1] == 0
-
-
-def cidrs(family: Family) -> st.SearchStrategy[str]:
-    """CIDRs close together, so that they meet, overlap and reach the ends of the address space."""
-    near = st.builds(
-        lambda offset, length: (offset << (family.bits - 6), length),
-        st.integers(0, 63),
-        st.integers(0, 8),
-    )
-    narrow = st.builds(
-        lambda low, top, length: (((1 << family.bits) - 1 - low) if top else low, length),
-        st.integers(0, 40),
-        st.booleans(),
-        st.integers(family.bits - 4, family.bits),
-    )
-    kind = type(ip_address("0.0.0.0" if family is V4 else "::"))
-    return (near | narrow).map(lambda c: str(ip_network(f"{kind(c[0])}/{c[1]}", strict=False)))
-
-
-def edges(found: Iterable[str], family: Family) -> set[int]:
-    """Addresses at and around the ends of the ranges, and of the whole space."""
-    places = {0, (1 << family.bits) - 1}
-    for cidr in found:
-        network = ip_network(cidr)
-        first, last = int(network.network_address), int(network.broadcast_address)
-        places |= {first - 1, first, (first + last) // 2, last, last + 1}
-    return {p for p in places if 0 <= p < 1 << family.bits}
-
-
-@given(
-    st.sampled_from(Family).flatmap(
-        lambda f: st.tuples(
-            st.just(f), st.lists(cidrs(f), max_size=8), st.lists(cidrs(V6 if f is V4 else V4))
-        )
-    )
-)
-def test_an_interval_set_holds_exactly_the_addresses_of_its_cidrs(
-    drawn: tuple[Family, list[str], list[str]],
-) -> None:
-    family, own, others = drawn
-    found = intervals(family, [*own, *others])
-    networks = [ip_network(c) for c in own]
-    for address in edges(own, family):
-        naive = any(int(n.network_address) <= address <= int(n.broadcast_address) for n in networks)
-        assert holds(found, address, family) == naive
-    marks = sorted((k[:-1], k[-1]) for k in found)
-    assert [m for _, m in marks] == [i % 2 for i in range(len(marks))], "starts and ends take turns"
-
-
-def test_neighbours_are_joined_and_the_last_address_has_no_end() -> None:
-    def marks(*found: str) -> list[tuple[str, int]]:
-        return [(str(ip_address(k[:-1])), k[-1]) for k in intervals(V4, found)]
-
-    assert marks("10.0.1.0/24", "10.0.0.0/24") == [("10.0.0.0", 0), ("10.0.2.0", 1)]
-    assert marks("255.255.255.0/24") == [("255.255.255.0", 0)]
-    assert marks("0.0.0.0/0", "10.0.0.0/8") == [("0.0.0.0", 0)]

@@ -1,4 +1,4 @@
-"""The packet-trace table on the kernel: real packets through real namespaces."""
+"""The packet-trace table on the kernel: real packets through real namespaces, on each dataplane."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from netlink import netns
+from netlink.conntrack import Conntrack
 from netlink.family import Family
-from netlink.nftables.batch import Nft
 from proxy.model import Protocol
-from proxy.nftables.dataplane import Dataplane
-from proxy.nftables.ruleset import TABLE
 from tests.proxy import world
+from tests.proxy.dataplanes import ALL_KINDS, IPVS, Kind, needs_ipvs
 from tests.proxy.plan import OWN, node_ranges, place, programmed, twin
-from tests.proxy.plan_cases import CASES
+from tests.proxy.plan_cases import CASES, PROXYS_OWN
 from tests.proxy.plan_lines import Case, address
 
 TRIES_PER_ENDPOINT = 20
@@ -25,23 +24,45 @@ TRIES_PER_ENDPOINT = 20
 LEAST_TRIES, STICKY_TRIES = 3, 10
 NODE_ADDRESSES = frozenset(place(name, family) for name in OWN for family in Family)
 
+CROWD = {Family.V4: [f"192.168.70.{n}" for n in range(1, 61)]}
+CROWD[Family.V6] = [twin(address) for address in CROWD[Family.V4]]
+"""More addresses of the node, each a client."""
+
 Answers = list[tuple[str, str]]
 """Who answered, and the client it saw."""
 
 
 @pytest.fixture(scope="module")
-def lab(namespaces: Callable[[], str]) -> Iterator[world.World]:
-    """The plan, built and programmed."""
+def built(namespaces: Callable[[], str]) -> Iterator[world.World]:
+    """The plan's world, without a service."""
+    found = world.build(namespaces, (*CASES, *PROXYS_OWN))
+    for addresses in CROWD.values():
+        netns.run(found.node, world.own, addresses)
+    with world.answering(found.servers):
+        yield found
+
+
+@pytest.fixture(scope="module", params=ALL_KINDS, ids=str)
+def lab(built: world.World, request: pytest.FixtureRequest) -> Iterator[world.World]:
+    """The plan's world, programmed by each dataplane in its turn."""
+    dataplane: Kind = request.param
+    if dataplane is IPVS:
+        needs_ipvs()
 
     def program() -> None:
         for family in Family:
-            with Nft(family, TABLE) as nft:
-                Dataplane(nft).load(programmed(family), node_ranges())
+            dataplane.load(family, programmed(family), node_ranges())
 
-    built = world.build(namespaces, CASES)
+    def forget() -> None:
+        """Take it away, and what flows remember: a client's port may come again."""
+        with Conntrack() as conntrack:
+            for family in Family:
+                dataplane.remove(family)
+                conntrack.delete_where(lambda _: True, family)
+
     netns.run(built.node, program)
-    with world.answering(built.servers):
-        yield built
+    yield built
+    netns.run(built.node, forget)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +101,13 @@ def test_packet(lab: world.World, dropped: dict[Case, Answers], case: Case) -> N
         assert {end for end, seen in answers if seen == case.source}.isdisjoint(case.masqueraded)
 
 
+@pytest.mark.parametrize("case", PROXYS_OWN, ids=str)
+def test_what_the_l7_proxy_sends_is_not_translated(lab: world.World, case: Case) -> None:
+    end, seen = netns.run(lab.node, world.send, case)
+    assert end in case.expected
+    assert seen in ("", case.source)
+
+
 def _sticky(family: Family, source: str, destination: str, port: int = 80) -> Case:
     """Return a packet to the service `sticky`."""
     some = next(c for c in CASES if c.sticky and c.family is family)
@@ -101,10 +129,7 @@ def test_a_client_with_affinity_goes_to_one_endpoint_by_every_address(
 @pytest.mark.parametrize("family", Family)
 def test_clients_with_affinity_are_spread_over_all_endpoints(lab: world.World, family: Family) -> None:
     """A client that is remembered moves no other; 60 miss one of three with probability 1e-10."""
-    text = [f"192.168.70.{n}" for n in range(1, 61)]
-    sources = text if family is Family.V4 else [twin(t) for t in text]
-    netns.run(lab.node, world.own, sources)
-    cases = [_sticky(family, source, "sticky") for source in sources]
+    cases = [_sticky(family, source, "sticky") for source in CROWD[family]]
     first, second = ([netns.run(lab.node, world.send, c)[0] for c in cases] for _ in range(2))
     assert first == second
     assert set(first) == cases[0].expected

@@ -11,9 +11,10 @@ from msgspec.structs import replace
 
 from netlink.family import Family
 from netlink.nftables.fake import FakeNft
+from proxy.dataplane import NodeRanges
 from proxy.frontends import Action, Backend, Frontend, FrontendKey, Masquerade, Origin
 from proxy.model import ObjectName, Protocol
-from proxy.nftables.dataplane import Dataplane, NodeRanges
+from proxy.nftables.dataplane import Dataplane
 from proxy.table import Change, FrontendTable
 
 A, B, C = (ObjectName("ns", n) for n in "abc")
@@ -156,6 +157,7 @@ def test_of_services_that_are_gone_nothing_is_kept() -> None:
     """kubernetes#128928: the proxy that grew to 8 GB."""
     table, dataplane = FrontendTable(), Dataplane(FakeNft(Family.V4))
     dataplane.load((), NodeRanges())
+    before = dataplane.elements
     for number in range(20):
         name = ObjectName("ns", f"s{number}")
         key = FrontendKey(Family.V4, f"10.96.0.{number // 2}", Protocol.TCP, 80, Origin.ANY)
@@ -165,6 +167,23 @@ def test_of_services_that_are_gone_nothing_is_kept() -> None:
     for number in range(20):
         dataplane.apply(table.replace(ObjectName("ns", f"s{number}"), ()))
     dataplane.tidy()
-    assert dataplane.elements == sum(map(len, dataplane._ranges.values()))
+    assert dataplane.elements == before
     kept = (table._keys, table._winners, table._waiting, dataplane._parts, dataplane._uses, dataplane._idle)
     assert not any(kept)
+
+
+def test_a_cluster_address_that_another_service_names_as_its_own_is_served_to_nobody_by_that() -> None:
+    """An externalIP under policy Local has a frontend for clients inside, which comes before that for any."""
+    victim = replace(frontend(B, key()), exclusive=True)
+    inside = key()._replace(origin=Origin.INTERNAL)
+    thief = [frontend(A, key(), "10.0.0.9"), frontend(A, inside, "10.0.0.9")]
+    for order in ((B, A), (A, B)):
+        table = FrontendTable()
+        for name in order:
+            table.replace(name, [victim] if name == B else thief)
+        assert list(table) == [victim]
+        assert table.conflicts() == ["service ns/a gets no 10.96.0.1 port 80/TCP: service ns/b has it"]
+        assert Change(victim, thief[0]) in table.replace(B, [])
+        assert set(table) == set(thief)
+        assert Change(None, thief[1]) not in table.replace(B, [victim])
+        assert list(table) == [victim]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import selectors
 import socket
 import threading
@@ -17,9 +18,10 @@ from netlink import netns
 from netlink.family import Family
 from netlink.requests import Route, address_add, link_up, route_replace
 from netlink.rtnl import Rtnl
+from node import l7_network
 from proxy.model import Protocol
 from tests.node.world import wait_until
-from tests.proxy.plan import OWN, SLICES, place
+from tests.proxy.plan import OWN, PROXIED_PORT, SLICES, place
 from tests.proxy.plan_lines import ENDPOINT_PORT, Case, where
 
 KINDS = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}
@@ -33,6 +35,7 @@ DROPPED_SECONDS, ANSWERED_SECONDS = 0.4, 5.0
 """How long to wait for an answer that must not come, and for one that must."""
 BACKLOG = 512
 """Connections that nobody has answered yet: there are as many until the world is complete."""
+_libc = ctypes.CDLL(None)
 IPV6_RECVPKTINFO = 49  # linux/in6.h
 
 
@@ -65,6 +68,7 @@ def build(make: Callable[[], str], cases: Collection[Case]) -> World:
     netns.run(homes["upstream",], own, elsewhere)
     ports = {(c.protocol, c.port) for c in cases}
     ports |= {(p.protocol, p.port) for s in SLICES for p in s.ports if p.protocol in KINDS}
+    ports.add((Protocol.TCP, PROXIED_PORT))
     with contextlib.ExitStack() as undo:
         servers = [
             undo.enter_context(server)
@@ -91,6 +95,7 @@ def _configure_node() -> None:
     ):
         Path("/proc/sys/net", name).write_text(value)
     own(_addresses(name for name in OWN if name != "loopback"))
+    l7_network.ensure(tuple(Family), transparent=False)
 
 
 def own(addresses: Collection[str]) -> None:
@@ -194,13 +199,23 @@ def _words(own: str, port: int, peer: str) -> bytes:
     return f"{where(own, port)} {peer}".encode()
 
 
+@contextlib.contextmanager
+def _group(number: int) -> Iterator[None]:
+    """Have the calling thread, and no other, open sockets as a member of a group."""
+    before = _libc.setfsgid(number)
+    try:
+        yield
+    finally:
+        _libc.setfsgid(before)
+
+
 def send(case: Case) -> tuple[str, str]:
     """Send a case's packet from the calling thread's namespace; return who answered and the client it saw.
 
     The first is "drop" or "reject" when nobody did, or what else happened.
     """
     family = socket.AF_INET if case.family is Family.V4 else socket.AF_INET6
-    with socket.socket(family, KINDS[case.protocol]) as client:
+    with _group(case.group), socket.socket(family, KINDS[case.protocol]) as client:
         client.settimeout(DROPPED_SECONDS if "drop" in case.expected else ANSWERED_SECONDS)
         client.bind((case.source, 0))
         try:

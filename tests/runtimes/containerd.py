@@ -15,7 +15,7 @@ import grpc
 
 from api import cri_pb2 as pb
 from api import cri_pb2_grpc as rpc
-from tests.runtimes import image
+from lab import oci as image
 from tests.runtimes.capsule import program, stop
 from tests.runtimes.world import World, unreachable, wait_for
 

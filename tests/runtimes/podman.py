@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runtimes import image
+from lab import oci as image
 from tests.runtimes.capsule import program
 from tests.runtimes.world import World, unreachable, wait_for
 

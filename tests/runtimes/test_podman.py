@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtimes import image
+from lab import oci as image
+from lab.oci import PORT
 from tests.runtimes.capsule import capsule
-from tests.runtimes.image import PORT
 from tests.runtimes.podman import NETWORK, Podman
 from tests.runtimes.world import NODE, OUTSIDE, POD_CIDRS, seen, unreachable, wait_for, world
 

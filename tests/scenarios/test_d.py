@@ -1,12 +1,12 @@
 """Scenario D, on real traffic."""
 
-import pytest
-
 from lab.cases import Case, D
-from lab.demo import World, run_case
+from lab.checks import run_case
+from lab.world import World
+from tests.scenarios.forms import IPTABLES, MAIN, each
 
 
-@pytest.mark.parametrize("case", D, ids=lambda case: case.name)
+@each(D, *MAIN, IPTABLES)
 def test_it_is_as_expected(world: World, case: Case) -> None:
     row = run_case(world, case)
     assert row.passed, f"expected {row.expected}, saw {row.saw}\n" + "\n".join(row.path)

@@ -14,12 +14,13 @@ import pytest
 from lab import balancer, controller, probe, runtime, state
 from lab.balancer import Balancer, Front
 from lab.cases import Case, E, fair_share
-from lab.demo import World, run_case
+from lab.checks import run_case
 from lab.probe import Answer, Failure, Result
 from lab.runtime import Pod, PodSpec
-from lab.topology import STAND_IN, IpFamily, Mode
+from lab.topology import STAND_IN
+from lab.world import World
 from netlink import netns
-from netlink.family import Family
+from tests.scenarios.forms import IPTABLES, MAIN, each, view_id, views
 
 SECONDS = 10.0
 EVERY = 0.01
@@ -28,13 +29,13 @@ SECOND = PodSpec("customer-2", "node2", "yaobank", {"app": "customer"}, (80,))
 
 once_per_family = pytest.mark.parametrize(
     "world",
-    [(Mode.ROUTED, IpFamily.DUAL, family) for family in Family],
-    ids=lambda view: f"v{view[2].value}",
+    views(MAIN[0]),
+    ids=view_id,
     indirect=True,
 )
 
 
-@pytest.mark.parametrize("case", E, ids=lambda case: case.name)
+@each(E, *MAIN, IPTABLES)
 def test_it_is_as_expected(world: World, case: Case) -> None:
     row = run_case(world, case)
     assert row.passed, f"expected {row.expected}, saw {row.saw}\n" + "\n".join(row.path)

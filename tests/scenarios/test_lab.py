@@ -61,8 +61,12 @@ def test_two_labs_with_pods_come_up_side_by_side_and_leave_nothing() -> None:
 def test_a_file_is_applied_twice_to_a_lab_of_one_family(tmp_path: Path) -> None:
     name, file = NAMES[0], tmp_path / "pod.yaml"
     file.write_text("{kind: Pod, metadata: {name: web}, spec: {nodeName: node1}}")
-    up = podwire("up", "--name", name, "--nodes", "1", "--ip-family", "ipv6")
+    kind = ("--ip-family", "ipv6", "--underlay", "ipv4", "--backend", "vxlan", "--proxy-mode", "iptables")
+    up = podwire("up", "--name", name, "--nodes", "1", *kind)
     assert up.returncode == 0, up.stderr
+    told = json.loads(podwire("status", "--name", name, "-o", "json").stdout)
+    assert (told["ipFamily"], told["underlay"], told["backend"]) == ("ipv6", "ipv4", "vxlan")
+    assert told["proxyMode"] == "iptables"
     for what in ("made", "unchanged"):
         applied = podwire("apply", "--name", name, str(file))
         assert (applied.returncode, applied.stdout) == (0, f"pod web on node1 has fd00:10:244:1::2: {what}\n")

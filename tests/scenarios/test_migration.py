@@ -21,7 +21,7 @@ from ipam.pools import IpamConfig
 from lab import probe
 from lab.probe import Answer
 from netlink import netns
-from node.xtables import Variant
+from netlink.xtables import Variant
 from tests.node.flannel import (
     CLUSTER_IP,
     FLANNEL,
@@ -50,7 +50,7 @@ sysctl -w net.ipv4.conf.cni0.proxy_arp=1 net.ipv4.neigh.cni0.proxy_delay=0
 mv /etc/cni/net.d/10-flannel.conflist /etc/cni/net.d/10-flannel.conflist.off
 """
 ROUTES = """\
-podwire routes | awk '$2 ~ /[.]/ {print $1, $2}' | while read range node; do
+podwire routes | awk '$3 == "direct" {print $1, $4}' | while read range node; do
     ip route replace $range via $node proto 112
 done
 """
@@ -131,7 +131,7 @@ def services(node: Node) -> None:
 def clean(node: Node) -> None:
     status, out, err = netns.run(node.namespace, podwire, "cleanup", "--kube-proxy")
     assert (status, err) == (0, ""), out
-    assert netns.run(node.namespace, podwire, "doctor")[0] == 0
+    assert netns.run(node.namespace, podwire, "doctor", "--check", "kube-proxy")[0] == 0
 
 
 def reload(node: Node) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from netlink import netns
+from netlink import netns, xtables
 from netlink.family import Family
-from node import xtables
-from node.xtables import Rule, Variant, XtablesError, edit, parse_save, read, run
+from netlink.xtables import Rule, Variant, XtablesError, edit, parse_save, read, run
 from tests.node.kube_proxy import EVERYWHERE, load, rules, ruleset, saved_everywhere
 
 PROC = Path("/proc")
