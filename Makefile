@@ -22,7 +22,7 @@ vm-scenarios: setup ## what only machines can show: reboot, watchdog, WireGuard,
 	@.venv/bin/podwire lab scenarios $(SCENARIOS)
 
 test: setup-tests ## every test but those on virtual machines (needs root: network namespaces)
-	@$(PY) -m pytest $(ARGS)
+	@scripts/test $(ARGS)
 
 test-vm: setup-tests ## tests on virtual machines, some minutes
 	@scripts/setup vm

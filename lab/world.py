@@ -145,8 +145,8 @@ def deploy(lab: Lab) -> World:
     pods = [applied.pod for applied in controller.apply(lab, SAMPLE)] + controller.run(lab, [TWIN])
     runtime.serve(lab, pods[-1], [TWIN_SECOND_PORT])
     for node in lab.plan.nodes:
-        _serve_host(lab, node.name, NODE_PORT)
-    _serve_host(lab, "internet", INTERNET_PORT)
+        serve_host(lab, node.name, NODE_PORT)
+    serve_host(lab, "internet", INTERNET_PORT)
     families = lab.plan.families
     services: dict[Family, dict[str, tuple[str, int]]] = {family: {} for family in families}
     balancers: dict[Family, dict[str, tuple[str, int]]] = {family: {} for family in families}
@@ -171,7 +171,8 @@ def deploy(lab: Lab) -> World:
     return World(lab, families[0], {pod.spec.name: pod for pod in pods}, services, balancers, unrouted)
 
 
-def _serve_host(lab: Lab, name: str, port: int) -> None:
+def serve_host(lab: Lab, name: str, port: int) -> None:
+    """Start the echo server of a host on a port, in both families."""
     pid_file = lab.root / "hosts" / f"{name}.pid"
     lab.call(name, runtime.serve_in, lab.plan.host(name).namespace, (name, name), [port], pid_file)
 

@@ -16,7 +16,7 @@ from lab import process
 from lab.machines import OWN
 from lab.qemu import cache, files
 from lab.qemu.kernels import Kernel
-from lab.qemu.throwaway import CPU
+from lab.qemu.throwaway import CPU, QUICK
 from lab.topology import Topology
 
 MEMORY_MB = 512
@@ -83,7 +83,7 @@ def command(machine: Machine, plan: Topology, kernel: Kernel, accel: str, port: 
         ("-serial", f"file:{machine.console}"),
         ("-kernel", str(kernel.image)),
         ("-initrd", str(kernel.initrd)),
-        ("-append", "console=ttyS0 quiet mitigations=off no_timer_check cryptomgr.notests"),
+        ("-append", f"console=ttyS0 quiet {QUICK}"),
     ]
     for name in files.ports(plan, machine.name):
         options += _cable(machine, name)

@@ -14,7 +14,7 @@ from lab import checks, controller, runtime
 from lab.cases import CASES, Row
 from lab.qemu import driver
 from lab.topology import LabError
-from lab.world import World
+from lab.world import NODE_PORT, TWIN, TWIN_SECOND_PORT, World, serve_host
 
 COMMAND_SECONDS = 120.0
 CONFIG = Path("/etc/podwire/config.yaml")
@@ -108,13 +108,16 @@ class Trial:
         return [pod for pod in runtime.pods(self.world.lab) if pod.spec.node == node]
 
     def replace_pods(self, node: str) -> None:
-        """Make the pods of a node anew, as kubelet does after a boot: their namespaces are gone."""
+        """Make the pods and servers of a node anew, as kubelet does after a boot: all of them are gone."""
         lab = self.world.lab
         gone = self.pods_on(node)
         for pod in gone:
             controller.remove(lab, pod)
         for pod in controller.run(lab, [pod.spec for pod in gone]):
             self.world.pods[pod.spec.name] = pod
+            if pod.spec == TWIN:
+                runtime.serve(lab, pod, [TWIN_SECOND_PORT])
+        serve_host(lab, node, NODE_PORT)
 
 
 def shell(script: str, seconds: float) -> tuple[int, str]:

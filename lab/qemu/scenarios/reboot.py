@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 from shlex import quote
 
+from cni.wiring import HOST_PREFIX
 from lab.qemu import driver
 from lab.qemu.scenarios.base import Trial, Verdict
+from lab.runtime import Pod
 from netlink.family import with_port
 
 NODE = "node2"
@@ -55,8 +57,15 @@ def reboot(trial: Trial) -> Iterator[Verdict]:
         row for row in trial.cases("C") if row.source in ("node3", "customer") and "database" in row.via
     ]
     yield trial.judged("services reached from the others", others)
+    yield from _clean(trial, "before it makes pods", [])
     trial.replace_pods(NODE)
-    yield from _clean(trial, gone)
+    pods = trial.pods_on(NODE)
+    yield from _clean(trial, "with its pods again", pods)
+    stale = gone - {address for pod in pods for address in pod.addresses}
+    # Only now: before, the Endpoints of the lab's control plane named the pods that are gone.
+    said = trial.shell(NODE, "ip -4 route; ip -6 route; nft list ruleset")
+    words = set(said.replace("/", " ").split())
+    yield trial.verdict("routes and rules of pods that are gone", sorted(stale & words), [])
     yield trial.judged("pods, services and node ports again", trial.cases("B", "C", "D"))
     trial.shell(NODE, "systemctl disable -q lab-probe; rm -f /etc/systemd/system/lab-probe.service")
 
@@ -67,19 +76,14 @@ def _answers(trial: Trial) -> dict[str, float]:
     return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("http")}
 
 
-def _clean(trial: Trial, gone: set[str]) -> Iterator[Verdict]:
-    """Yield what the node still has of pods that it lost."""
-    now = {address for pod in trial.pods_on(NODE) for address in pod.addresses}
-    leases = json.loads(trial.shell(NODE, "podwire ipam show -o json"))
-    held = {a for lease in leases.get("attachments", []) for a in lease.get("addresses", [])}
-    held = {address.partition("/")[0] for address in held}
-    yield trial.verdict("addresses held by pods that are gone", sorted(held - now), [])
-    stale = sorted(gone - now)
-    said = trial.shell(NODE, "ip -4 route; ip -6 route; nft list ruleset")
-    words = set(said.replace("/", " ").split())
-    yield trial.verdict("routes and rules of pods that are gone", [a for a in stale if a in words], [])
-    links = trial.shell(NODE, "ip -o link | grep -c pwpod || true")
-    yield trial.verdict("pods' interfaces", int(links), len(trial.pods_on(NODE)))
+def _clean(trial: Trial, when: str, pods: list[Pod]) -> Iterator[Verdict]:
+    """Yield what the node, which has these pods, still has of pods that it lost."""
+    now = {address for pod in pods for address in pod.addresses}
+    shown = json.loads(trial.shell(NODE, "podwire ipam show -o json"))
+    held = {row["address"] for row in shown["addresses"]}
+    yield trial.verdict(f"addresses held by pods that are gone, {when}", sorted(held - now), [])
+    links = trial.shell(NODE, f"ip -o link | grep -c {HOST_PREFIX} || true")
+    yield trial.verdict(f"pods' interfaces, {when}", int(links), len(pods))
     code, said = trial.try_shell(NODE, "podwire ipam check")
     yield trial.verdict(
         "podwire ipam check", f"status {code}" + (f": {said[-200:]}" if code else ""), "status 0"
