@@ -11,7 +11,6 @@ import grpc
 from api import podwire_pb2_grpc as rpc
 from cli.output import CommandError
 
-SOCKET = "/run/podwire/podwire.sock"
 TIMEOUT_SECONDS = 5.0
 MESSAGE_BYTES = 64 << 20  # 10,000 services are 6 MB of frontends
 

@@ -11,8 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from cli.daemon_client import SOCKET
-from cli.host import need_root
+from cli.host import SOCKET, need_root
 from cli.output import CommandError, table
 
 if TYPE_CHECKING:

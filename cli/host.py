@@ -6,10 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
-from cli.daemon_client import SOCKET
 from cli.output import CommandError
 
 STATE_DIR = "/var/lib/podwire"
+SOCKET = "/run/podwire/podwire.sock"
 
 
 def add_paths(parser: argparse.ArgumentParser) -> None:

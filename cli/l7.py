@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from api import podwire_pb2 as pb
-from cli.daemon_client import SOCKET, TIMEOUT_SECONDS, connected, fields
+from cli.daemon_client import TIMEOUT_SECONDS, connected, fields
+from cli.host import SOCKET
 from cli.output import CommandError, complain, table
 
 DESCRIPTION = """

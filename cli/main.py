@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from importlib import import_module
-from importlib.metadata import version
 
 from cli.output import CommandError, complain
 
@@ -37,11 +36,21 @@ def parser(command: str = "") -> argparse.ArgumentParser:
     To load all of them takes as long as to load the daemon.
     """
     top = argparse.ArgumentParser(prog="podwire", description=DESCRIPTION)
-    top.add_argument("--version", action="version", version=f"podwire {version('podwire')}")
+    top.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for module in dict.fromkeys([MODULES[command]] if command in MODULES else MODULES.values()):
         import_module(module).add_parser(commands)
     return top
+
+
+class _Version(argparse.Action):
+    """Looks for the version only when asked: it takes a tenth of what the daemon's start does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"podwire {version('podwire')}")
+        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> int:

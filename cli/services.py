@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from api import podwire_pb2 as pb
-from cli.daemon_client import SOCKET, TIMEOUT_SECONDS, connected, fields
+from cli.daemon_client import TIMEOUT_SECONDS, connected, fields
+from cli.host import SOCKET
 from cli.output import CommandError, table
 
 DESCRIPTION = """

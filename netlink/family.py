@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import socket
 from enum import Enum
+from pathlib import Path
+
+IPV6 = Path("/proc/net/if_inet6")
+"""What only a kernel with IPv6 has."""
 
 
 class Family(Enum):

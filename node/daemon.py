@@ -18,7 +18,9 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from netaddr import IPNetwork
 
@@ -29,35 +31,38 @@ from cni.rules import RulesError
 from cni.settings import Mode
 from ipam.ledger import Ledger, LedgerError, State
 from ipam.pools import groups
-from node import logs, web
+from node import logs
 from node.annotations import AnnotationFile
 from node.config import ConfigError, changes, taken_over
 from node.config_keys import Configuration
 from node.healthchecks import HealthChecks
 from node.keeper import Keeper
-from node.kube.api import Api
-from node.kube.claims import cluster_ranges
-from node.kube.upkeep import Upkeep, View
 from node.l7 import L7
 from node.l7_stats import L7Stats
 from node.logs import fields
-from node.metrics import Followed, Metrics, Questions
 from node.notify import Notifier
 from node.pacing import Pacer
-from node.server import CniService, InspectService, Report, serving
 from node.settings import Settings
-from node.sources import saved
-from node.sources.kubernetes import Cluster, KubernetesConfig
-from node.sources.manifests import Manifests
 from node.store import Pending, Store
 from node.syncer import SyncConfig, Syncer
 from proxy.l7.engine import Engine
 from proxy.l7.render import Settings as L7Settings
 
+if TYPE_CHECKING:
+    from node import web
+    from node.kube.upkeep import Upkeep
+    from node.metrics import Followed, Metrics
+    from node.sources.kubernetes import Cluster, KubernetesConfig
+    from node.sources.manifests import Manifests
+
 log = logging.getLogger("podwire")
 
 HEALTHY_LAG = 60.0
 """Seconds that a change may wait before the node is unhealthy (kube-proxy: twice its sync period)."""
+
+SERVE_SECONDS = 2.0
+"""How long the first sync may take before socket and pages are served without it. What serves them is most of
+what a start loads, and meanwhile the plugin does without the daemon."""
 
 SWITCH_SECONDS = 0.0001
 """How long a thread that computes keeps the interpreter from the others. An ADD takes it dozens of times, and
@@ -99,8 +104,8 @@ class Daemon:
         self._hangup = threading.Event()
         self._notifier = Notifier()
         self._started = False  # the service manager knows
+        self._served = False  # plugin and commands reach us
         self._store = Store()
-        self._metrics = Metrics()
         self._synced = threading.Event()
         self._pending: Pending | None = None
         self._pacer = Pacer()
@@ -138,11 +143,7 @@ class Daemon:
             syncer = stack.enter_context(Syncer(config.sync, ledger, settings=settings, l7=self._l7))
             self._health = stack.enter_context(HealthChecks(self._ready))
             self._upkeep = self._make_upkeep(syncer)
-            report = Report(self._ready, lambda: self._problems(syncer), lambda: self._source.described)
             l7 = L7Stats(self._l7) if self._l7 else None
-            if l7:
-                self._metrics.proxy(l7)
-            inspect = InspectService(config.sync, ledger, syncer, report, l7)
             keeper = Keeper(
                 rules,
                 intact=syncer.intact,
@@ -151,14 +152,6 @@ class Daemon:
                 suspect=syncer.suspect,
             )
             plugin = Plugin(ledger, config.state_dir, reaper.submit, reaper.settle, rules)
-            pages = self._pages(syncer, ledger)
-            self._metrics.ask(
-                Questions(self._followed, self._saved, lambda: self._problems(syncer), self._pacer.gather)
-            )
-            health = {path: pages[path] for path in ("/healthz", "/livez")}  # all that strangers may see
-            stack.enter_context(web.serving(config.metrics_address, pages))
-            stack.enter_context(web.serving(config.healthz_address, health))
-            stack.enter_context(serving(config.socket, CniService(plugin), inspect))
             gc.disable()  # until the first sync: nothing that is loaded for it is garbage
             source = threading.Thread(target=self._follow, name="source")
             source.start()
@@ -168,27 +161,67 @@ class Daemon:
                     target=self._upkeep.run, args=(self._stop,), name="upkeep", daemon=True
                 ).start()
             stack.callback(self._stop.set)
-            self._sync_until_stopped(syncer, keeper)
+            serve = partial(self._serve, stack, plugin, ledger, syncer, l7)
+            self._sync_until_stopped(syncer, keeper, serve)
             self._notifier.stopping()
             if self._l7 and os.getpid() == 1:  # a container ends with all that is in it
                 self._leave_proxy(syncer, self._l7)
         log.info("stopped; rules, routes and pods stay as they are")
         return 1 if self._source_failed else 0
 
+    @cached_property
+    def _metrics(self) -> Metrics:
+        """What is counted; loaded when the first sync is done."""
+        from node.metrics import Metrics
+
+        return Metrics()
+
+    def _serve(
+        self, stack: ExitStack, plugin: Plugin, ledger: Ledger, syncer: Syncer, l7: L7Stats | None
+    ) -> None:
+        """Serve the socket and the pages until the stack is left."""
+        from node import web
+        from node.metrics import Questions
+        from node.server import CniService, InspectService, Report, serving
+
+        config = self._config
+        if l7:
+            self._metrics.proxy(l7)
+        self._metrics.ask(
+            Questions(self._followed, self._saved, lambda: self._problems(syncer), self._pacer.gather)
+        )
+        pages = self._pages(syncer, ledger)
+        health = {path: pages[path] for path in ("/healthz", "/livez")}  # all that strangers may see
+        stack.enter_context(web.serving(config.metrics_address, pages))
+        stack.enter_context(web.serving(config.healthz_address, health))
+        report = Report(self._ready, lambda: self._problems(syncer), lambda: self._source.described)
+        inspect = InspectService(config.sync, ledger, syncer, report, l7)
+        stack.enter_context(serving(config.socket, CniService(plugin), inspect))
+        self._served = True
+
     def _make_source(self) -> Cluster | Manifests:
         config = self._config
         if config.kubernetes:
+            from node.kube.api import Api
+            from node.sources.kubernetes import Cluster
+
             api = Api(config.kubernetes.credentials, f"node {config.sync.node}")
             return Cluster(api, self._store, config.sync.node, config.state_dir)
         if config.source is None:
             raise ValueError("neither a folder nor a cluster")
+        from node.sources.manifests import Manifests
+
         return Manifests(config.source, self._store)
 
     def _make_upkeep(self, syncer: Syncer) -> Upkeep | None:
         """Return what keeps up our Node, our podCIDRs and Events in the cluster, if there is one."""
-        kubernetes, source = self._config.kubernetes, self._source
-        if kubernetes is None or not isinstance(source, Cluster):
+        kubernetes = self._config.kubernetes
+        if kubernetes is None:
             return None
+        from node.kube.claims import cluster_ranges
+        from node.kube.upkeep import Upkeep, View
+
+        source = cast("Cluster", self._source)
         view = View(
             snapshot=lambda: syncer.snapshot if source.complete and self._synced.is_set() else None,
             ready=lambda: syncer.status.ready and self._synced.is_set(),
@@ -200,10 +233,12 @@ class Daemon:
         return Upkeep(source.api, self._config.sync.node, view, ranges, kubernetes.namespace)
 
     def _followed(self) -> dict[str, Followed]:
-        return self._source.followed if isinstance(self._source, Cluster) else {}
+        return cast("Cluster", self._source).followed if self._config.kubernetes else {}
 
     def _saved(self) -> float | None:
         """Return when the cluster's state was saved (seconds since the epoch)."""
+        from node.sources import saved
+
         try:
             return (self._config.state_dir / saved.FILE).stat().st_mtime
         except FileNotFoundError:
@@ -226,13 +261,17 @@ class Daemon:
         found = (*own, *self._source.problems, *kept, *self._annotations.problems, *syncer.status.problems)
         return (*found, *proxy, *self._health.problems)
 
-    def _sync_until_stopped(self, syncer: Syncer, keeper: Keeper) -> None:
+    def _sync_until_stopped(self, syncer: Syncer, keeper: Keeper, serve: Callable[[], None]) -> None:
         wait = RETRY_SECONDS[0]
+        serve_at = time.monotonic() + SERVE_SECONDS
         while not self._stop.is_set():
+            if not self._served and (self._synced.is_set() or time.monotonic() > serve_at):
+                serve()
             pending = self._pending or self._store.take(0.2, self._pacer.gather())
             self._pending = pending
             try:
                 self._tell(syncer)
+                self._announce(syncer)
                 if again := self._reloaded(syncer) or syncer.again():  # also while changes keep coming
                     self._pending = pending = _compared(pending) or again
                 if not keeper.look():
@@ -280,7 +319,7 @@ class Daemon:
         self._notifier.alive()
         synced = self._synced.is_set()
         text = f"services: {syncer.status.services}" if synced else next(iter(self._source.problems), "")
-        if text and not self._started:
+        if text and self._served and not self._started:
             self._notifier.ready(text)
             self._started = True
         elif text:
@@ -340,9 +379,12 @@ class Daemon:
             self._synced.set()
             counts = fields(services=syncer.status.services, elements=syncer.elements)
             log.info("ready", extra=counts)
-        if syncer.status.ready and self._config.cni_conf_dir and not self._announced:
-            # The runtime believes in a network from here on.
-            log.info("wrote %s", install.install_conflist(self._config.cni_conf_dir))
+
+    def _announce(self, syncer: Syncer) -> None:
+        """Once, when pods can be added: have the runtime believe in a network."""
+        directory = self._config.cni_conf_dir
+        if self._served and syncer.status.ready and directory and not self._announced:
+            log.info("wrote %s", install.install_conflist(directory))
             self._announced = True
 
     def _publish(self, syncer: Syncer, *, anew: bool) -> None:
@@ -355,13 +397,15 @@ class Daemon:
         self._published = wanted
 
     def _ready(self) -> bool:
-        """Whether the first snapshot is in the kernel and changes are not stuck."""
+        """Whether the first snapshot is in the kernel, the socket is served, and changes are not stuck."""
         pending = self._pending
         oldest = pending.since if pending else self._store.oldest
         lagging = oldest is not None and time.monotonic() - oldest > HEALTHY_LAG
-        return self._synced.is_set() and not lagging
+        return self._synced.is_set() and self._served and not lagging
 
     def _pages(self, syncer: Syncer, ledger: Ledger) -> dict[str, web.Page]:
+        from node import web
+
         def healthz() -> tuple[int, str, bytes]:
             eligible = not syncer.status.node_deleting
             body = {

@@ -23,8 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from netlink.family import Family
-from node.web import IPV6
+from netlink.family import IPV6, Family
 from proxy.model import EndpointSlice, ObjectName, Service
 
 PATIENCE = 5.0

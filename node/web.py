@@ -12,11 +12,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from socketserver import TCPServer
 
-IPV6 = Path("/proc/net/if_inet6")
-"""What only a kernel with IPv6 has."""
+from netlink.family import IPV6
 
 Page = Callable[[], tuple[int, str, bytes]]
 """Returns status, content type and body."""

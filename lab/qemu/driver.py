@@ -125,6 +125,19 @@ def is_ready(seconds: float) -> bool:
     return probe.wait_status(OWN, network.HEALTH_PORT, "/healthz", time.monotonic() + seconds)
 
 
+def wait_reached(lab: Lab, name: str, source: str, seconds: float = BOOT_SECONDS) -> None:
+    """Wait until a node is ready as another one sees it: the node has no more to do for it than an answer.
+
+    Raises LabError.
+    """
+    address = lab.plan.node(name).addresses[0]
+    deadline = time.monotonic() + seconds
+    while lab.call(source, probe.status, address, network.HEALTH_PORT, "/healthz")[0] != 200:
+        if time.monotonic() > deadline:
+            raise LabError(f"{name} is not ready after {seconds:.0f} s, as {source} sees it")
+        time.sleep(0.5)
+
+
 def wait_gone(lab: Lab, name: str, boot_id: str, seconds: float = BOOT_SECONDS) -> None:
     """Wait until a machine is no more in that boot. Raises LabError."""
     deadline = time.monotonic() + seconds

@@ -76,6 +76,7 @@ def command(machine: Machine, plan: Topology, kernel: Kernel, accel: str, port: 
         ("-accel", "kvm" if accel == "kvm" else "tcg,thread=multi,tb-size=512"),
         ("-cpu", CPU[accel]),
         ("-m", str(MEMORY_MB)),
+        ("-smp", "2"),
         ("-drive", f"file={machine.disk},if=virtio,cache=unsafe"),
         ("-drive", f"file={kernel.modules},if=virtio,format=raw,readonly=on"),
         ("-drive", f"file={machine.archive},if=virtio,format=raw,readonly=on"),

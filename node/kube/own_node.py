@@ -9,15 +9,17 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from netaddr import IPAddress, IPNetwork
 
 from node.backends.vxlan import first_addresses, tunnel_mac
-from node.kube.api import DOCUMENT, STRATEGIC_MERGE_PATCH, Api
 from node.sources.annotations import TUNNEL_MAC
 from node.sources.objects import TUNNEL_ADDRESS, ObjectError, parse
 from proxy.model import Node
+
+if TYPE_CHECKING:
+    from node.kube.api import Api
 
 log = logging.getLogger("podwire.node")
 
@@ -82,6 +84,8 @@ def settle(
     api: Api, name: str, ready: bool, now: datetime, more: Mapping[str, str | None] = NOTHING
 ) -> tuple[str, ...]:
     """Bring our Node object to what it should say; return what is wrong, in sentences. Raises ApiError."""
+    from node.kube.api import DOCUMENT, STRATEGIC_MERGE_PATCH
+
     path = f"/api/v1/nodes/{name}"
     document = DOCUMENT.decode(api.get(path, {"resourceVersion": "0"}))
     try:

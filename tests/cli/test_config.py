@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from cli import daemon, options
-from cli.daemon_client import SOCKET
-from cli.host import STATE_DIR
+from cli.host import SOCKET, STATE_DIR
 from cli.main import main, parser
 from node import config
 from node.config import ConfigError

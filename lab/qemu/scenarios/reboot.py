@@ -18,14 +18,14 @@ WITHIN_SECONDS = 15.0
 BOOT_SECONDS = 300.0
 FIRST = "/var/lib/first-answer"
 
-# Asks each of the services, one after the other, until it answers, as soon as the node has a network.
+# Asks the services until they answer, as soon as the node has a network.
 PROBE = """[Unit]
 Description=how soon after its boot this node reaches services
 After=systemd-networkd.service
 [Service]
-ExecStart=/bin/bash -c 'for url in {urls}; do \\
-    until curl --globoff -s -m 1 -o /dev/null "$url"; do sleep 0.2; done; \\
-    echo "$url $(cut -d " " -f 1 /proc/uptime)" >> {first}; done'
+ExecStart=/bin/bash -c 'for url in {urls}; do ( \\
+    until curl --globoff -s -m 0.5 -o /dev/null "$url"; do sleep 0.3; done; \\
+    echo "$url $(cut -d " " -f 1 /proc/uptime)" >> {first} ) & done; wait'
 [Install]
 WantedBy=multi-user.target
 """
@@ -46,17 +46,16 @@ def reboot(trial: Trial) -> Iterator[Verdict]:
     before = trial.shell(NODE, "cat /proc/sys/kernel/random/boot_id")
     trial.try_shell(NODE, "systemctl reboot")
     driver.wait_gone(lab, NODE, before)
+    driver.wait_reached(lab, NODE, "node1")
     driver.wait_answer(lab, NODE, time.monotonic() + BOOT_SECONDS)
-    driver.wait_ready(lab, NODE)
     trial.wait("services answer", lambda: len(_answers(trial)) == len(urls))
     last = max(_answers(trial).values())
     start = trial.shell(NODE, "systemd-analyze | head -1")
     saw, expected = f"{last:.1f} s ({start})", f"within {WITHIN_SECONDS:.0f} s"
     yield trial.verdict("services reached after its boot", saw, expected, last <= WITHIN_SECONDS)
-    others = [
-        row for row in trial.cases("C") if row.source in ("node3", "customer") and "database" in row.via
-    ]
-    yield trial.judged("services reached from the others", others)
+    # Services of other nodes only: who asks for a pod that is gone keeps a connection that leads to it.
+    others = trial.cases("C", only=lambda case: case.source != "summary-1" and "/database" in case.via)
+    yield trial.judged("services reached from every node", others)
     yield from _clean(trial, "before it makes pods", [])
     trial.replace_pods(NODE)
     pods = trial.pods_on(NODE)

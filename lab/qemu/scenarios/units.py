@@ -85,7 +85,9 @@ def watchdog(trial: Trial) -> Iterator[Verdict]:
     """Stop the daemon without ending it: the watchdog notices, and no request does."""
     lab = trial.world.lab
     drop_in = f"[Service]\\nWatchdogSec={WATCHDOG_SECONDS}s\\nTimeoutAbortSec=5s\\n"
-    trial.shell(NODE, f"mkdir -p {DROP_IN}; printf '{drop_in}' > {DROP_IN}/lab.conf; systemctl daemon-reload")
+    trial.shell(
+        NODE, f"mkdir -p {DROP_IN}; printf '{drop_in}' > {DROP_IN}/watchdog.conf; systemctl daemon-reload"
+    )
     try:
         trial.restart([NODE])
         before = driver.pid(lab, NODE)
