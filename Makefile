@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export PYTHONDONTWRITEBYTECODE ?=
 
-.PHONY: setup setup-tests demo vm-lab vm-scenarios test test-vm check bench lab image docs walks proto lock clean
+.PHONY: setup setup-tests demo vm-lab vm-scenarios test check bench lab image docs walks proto lock clean
 
 setup:            ## Debian packages, virtual environment, pinned dependencies
 	@scripts/setup
@@ -21,12 +21,8 @@ vm-scenarios: setup ## what only machines can show: reboot, watchdog, WireGuard,
 	@scripts/setup vm
 	@.venv/bin/podwire lab scenarios $(SCENARIOS)
 
-test: setup-tests ## every test but those on virtual machines (needs root: network namespaces)
+test: setup-tests ## every test, in two processes; ARGS: what pytest is to run (needs root: network namespaces)
 	@scripts/test $(ARGS)
-
-test-vm: setup-tests ## tests on virtual machines, some minutes
-	@scripts/setup vm
-	@PODWIRE_VM_TESTS=1 $(PY) -m pytest tests/vm $(ARGS)
 
 check: setup      ## ruff, mypy --strict, layering, size budgets, generated code is current
 	@scripts/check

@@ -43,6 +43,7 @@ def files(plan: Topology, machine: str, public_key: str) -> dict[str, str]:
     found = {
         "etc/hostname": f"{machine}\n",
         "etc/machine-id": f"{sha256(f'{plan.name}/{machine}'.encode()).hexdigest()[:32]}\n",
+        "etc/resolv.conf": "# there is no name server\n",
         "etc/hosts": "".join(f"{line}\n" for line in _hosts(plan)),
         "root/.ssh/authorized_keys": f"{public_key}\n",
         f"{NETWORKD}/05-mgmt0.link": _link(machine, "mgmt0"),

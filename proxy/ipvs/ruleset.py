@@ -52,7 +52,7 @@ from netlink.nftables.objects import (
 from netlink.nftables.objects import Base as BaseChain
 from netlink.nftables.operations import AddChain, AddElements, AddMap, AddRule, AddTable, Operation
 from proxy.frontends import Masquerade as MasqueradePolicy
-from proxy.ipvs.places import MARK
+from proxy.ipvs.places import MARK, MARK_MASK
 from proxy.ipvs.ways import Way
 from proxy.l7 import places
 from proxy.nftables import ruleset as shared
@@ -193,6 +193,7 @@ def _structure(family: Family) -> Iterator[Operation]:
     for name, kind, hook, priority in (
         ("deliver", "filter", Hook.PREROUTING, PRIORITY_MANGLE),
         ("prerouting", "nat", Hook.PREROUTING, PRIORITY_DSTNAT),
+        ("forget", "filter", Hook.OUTPUT, PRIORITY_MANGLE),
         ("output", "nat", Hook.OUTPUT, PRIORITY_DSTNAT),
         ("postrouting", "nat", Hook.POSTROUTING, PRIORITY_SRCNAT),
     ):
@@ -205,6 +206,7 @@ def _structure(family: Family) -> Iterator[Operation]:
         *_deliver(family),
         _answers("prerouting"),
         *shared.translate(family, "prerouting"),
+        _forget(),
         _answers("output"),
         *_own(family),
         *shared.translate(family, "output"),
@@ -232,6 +234,17 @@ def _deliver(family: Family) -> Iterator[Rule]:
     told: tuple[Expression, ...] = (Meta(MetaKey.L4PROTO), Cmp(Compare.EQ, bytes([number])), kind, *errors)
     about = (shared.destination_of(family), Lookup(DELIVERED_ADDRESSES.name))
     yield Rule("deliver", (*about, *told, *to_us), "what ICMP tells of their connections")
+
+
+def _forget() -> Rule:
+    """Return what takes our mark from packets that IPVS has translated, which come by `output` once more.
+
+    A tunnel's outer packet has the mark of the packet in it. IPVS would translate that, too, and lead it into
+    the tunnel, whose outer packet has the mark: until the kernel's stack is full, and it stops.
+    """
+    ours = (Meta(MetaKey.MARK), Bitwise(struct.pack("=I", MARK_MASK), bytes(4)))
+    say = (Cmp(Compare.EQ, struct.pack("=I", MARK)), Constant(bytes(4)), MetaSet(MetaKey.MARK))
+    return Rule("forget", (*ours, *say), "translated by IPVS: the mark must not go into a tunnel")
 
 
 def _answers(chain: str) -> Rule:

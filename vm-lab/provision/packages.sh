@@ -12,7 +12,7 @@ apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 $(sed 's/#.*//
     iproute2 iputils-ping procps less curl ca-certificates
     python3 python3-venv libxtables12 nftables iptables haproxy
     tcpdump conntrack iperf3
-    wireguard-tools ipvsadm ipset containerd runc busybox-static firewalld network-manager
+    wireguard-tools ipvsadm ipset containerd runc containernetworking-plugins busybox-static firewalld network-manager
 END
 )
 

@@ -87,10 +87,10 @@ class Trial:
     @contextmanager
     def configured(self, places: list[str], changes: dict[str, dict[str, object]]) -> Iterator[None]:
         """Have the daemons of these nodes run with another configuration during a block."""
-        for place in places:
-            self.world.lab.call(place, change_config, changes)
-        self.restart(places)
         try:
+            for place in places:
+                self.world.lab.call(place, change_config, changes)
+            self.restart(places)
             yield
         finally:
             for place in places:
@@ -142,5 +142,6 @@ def change_config(changes: dict[str, dict[str, object]]) -> None:
 
 
 def restore_config() -> None:
-    """Put back the configuration that was there before."""
-    KEPT.replace(CONFIG)
+    """Put back the configuration that was there before, if it was changed."""
+    if KEPT.exists():
+        KEPT.replace(CONFIG)

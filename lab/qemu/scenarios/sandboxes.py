@@ -24,6 +24,7 @@ def containerd(trial: Trial) -> Iterator[Verdict]:
     trial.shell(
         NODE,
         f"""mkdir -p /etc/containerd
+        ln -sf /usr/lib/cni/loopback /opt/cni/bin/  # containerd 1 runs it (docs/install/kubeadm.md)
         containerd config default | sed -e 's|sandbox_image = .*|sandbox_image = "{NAME}"|' \
             -e 's|bin_dir = .*|bin_dir = "/opt/cni/bin"|' > /etc/containerd/config.toml
         systemctl unmask -q containerd; systemctl start containerd""",
@@ -37,15 +38,23 @@ def containerd(trial: Trial) -> Iterator[Verdict]:
         for address in addresses:
             (result,) = world.at("summary-2", probe.fetch, address, PORT, 1, 10.0)
             expected = world.of(Family(ip_address(address).version)).address("summary-2")
-            saw = result.seen if isinstance(result, Answer) else result.reason
+            saw = _plain(result.seen) if isinstance(result, Answer) else result.reason
             yield trial.verdict(f"summary-2 reaches {address}, which sees", saw, expected)
         trial.restart([NODE])
-        yield trial.verdict("podwire ipam check", trial.try_shell(NODE, "podwire ipam check")[0], 0)
+        # Of the lab's own pods containerd knows nothing, which is said, too.
+        said = trial.try_shell(NODE, "podwire ipam check")[1]
+        lines = [line for line in said.splitlines() if any(f"({address})" in line for address in addresses)]
+        yield trial.verdict("podwire ipam check of it after a restart", lines, [])
         world.lab.call(NODE, remove_sandbox, pod)
         held = trial.shell(NODE, "podwire ipam show -o json")
         yield trial.verdict("its addresses are free", [a for a in addresses if f'"{a}' in held], [])
     finally:
         trial.try_shell(NODE, "systemctl stop containerd")
+
+
+def _plain(seen: str) -> str:
+    """Return an address as the lab writes it; the sandbox's server has one socket for both families."""
+    return seen.strip("[]").removeprefix("::ffff:")
 
 
 def run_sandbox(name: str) -> tuple[str, tuple[str, ...]]:
