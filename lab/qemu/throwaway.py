@@ -35,8 +35,8 @@ CPU = {"kvm": "host", "tcg": "Nehalem"}
 QUICK = "mitigations=off no_timer_check cryptomgr.notests norandmaps clearcpuid=cx16"
 """Kernel parameters; without random addresses what was translated for one process serves the next.
 
-QEMU 7.2 emulates cmpxchg16b with wrong flags: Linux 6.12, which has it in its allocator, stops (a double fault,
-EFLAGS full of an address). HAProxy has it, too, and no other way, so the processor must not be without it.
+QEMU 7.2 emulates cmpxchg16b with wrong flags: Linux 6.12, which has it in its allocator, stops (a double
+fault, EFLAGS full of an address). HAProxy has it, too, and no other way, so the processor must have it.
 """
 
 START = Path(__file__).parent / "boot" / "job"

@@ -31,7 +31,9 @@ def world() -> Iterator[World]:
         driver.remove(NAME)
         assert not state.directory(NAME).exists()
         assert (
-            subprocess.run(["pgrep", "-f", f"-name podwire-{NAME}-"], check=False, capture_output=True).stdout
+            subprocess.run(
+                ["pgrep", "-f", "--", f"-name podwire-{NAME}-"], check=False, capture_output=True
+            ).stdout
             == b""
         )
 
