@@ -27,6 +27,9 @@ class Machines(Protocol):
         Raises LabError when the machine does not answer.
         """
 
+    def close(self) -> None:
+        """Let go of what calls need; another call takes it up again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Here:
@@ -35,3 +38,6 @@ class Here:
     def call(self, machine: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call the function."""
         return function(*args, **kwargs)
+
+    def close(self) -> None:
+        """Nothing is needed."""

@@ -28,6 +28,7 @@ def world() -> Iterator[World]:
     try:
         yield deploy(lab)
     finally:
+        lab.machines.close()
         driver.remove(NAME)
         assert not state.directory(NAME).exists()
         assert (
