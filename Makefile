@@ -21,7 +21,7 @@ vm-scenarios: setup ## what only machines can show: reboot, watchdog, WireGuard,
 	@scripts/setup vm
 	@.venv/bin/podwire lab scenarios $(SCENARIOS)
 
-test: setup-tests ## every test, in two processes; ARGS: what pytest is to run (needs root: network namespaces)
+test: setup-tests ## every test; ARGS: what pytest is to run (needs root: network namespaces)
 	@scripts/test $(ARGS)
 
 check: setup      ## ruff, mypy --strict, layering, size budgets, generated code is current
