@@ -172,7 +172,7 @@ def deploy(lab: Lab) -> World:
 
 
 def serve_host(lab: Lab, name: str, port: int) -> None:
-    """Start the echo server of a host on a port, in both families."""
+    """Start the echo server of a host on a port."""
     pid_file = lab.root / "hosts" / f"{name}.pid"
     lab.call(name, runtime.serve_in, lab.plan.host(name).namespace, (name, name), [port], pid_file)
 
